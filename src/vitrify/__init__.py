@@ -1,0 +1,69 @@
+"""vitrify: turn a pre-trained Vision Transformer into one that multiplies less, then prove and run the result.
+
+The public names load lazily: `import vitrify` costs little more than `import torch` and touches neither timm nor matplotlib.
+
+>>> import timm, vitrify
+>>> model = timm.create_model("deit_tiny_patch16_224")
+>>> conversion = vitrify.convert_(model, vitrify.recipes.vitality())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitrify import nn, ops, recipes
+    from vitrify.artefact import create_model, load, save
+    from vitrify.convert import AttentionSpec, Conversion, Recipe, convert_
+    from vitrify.errors import InputError, UnsupportedError, VitrifyError
+
+__version__ = "0.1.0"
+
+# name -> the module it lives in; a name equal to its module's last part is the module itself.
+_PUBLIC = {
+    "AttentionSpec": "vitrify.convert",
+    "Conversion": "vitrify.convert",
+    "InputError": "vitrify.errors",
+    "Recipe": "vitrify.convert",
+    "UnsupportedError": "vitrify.errors",
+    "VitrifyError": "vitrify.errors",
+    "convert_": "vitrify.convert",
+    "create_model": "vitrify.artefact",
+    "load": "vitrify.artefact",
+    "nn": "vitrify.nn",
+    "ops": "vitrify.ops",
+    "recipes": "vitrify.recipes",
+    "save": "vitrify.artefact",
+}
+
+__all__ = [
+    "AttentionSpec",
+    "Conversion",
+    "InputError",
+    "Recipe",
+    "UnsupportedError",
+    "VitrifyError",
+    "convert_",
+    "create_model",
+    "load",
+    "nn",
+    "ops",
+    "recipes",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module_name = _PUBLIC[name]
+    except KeyError:
+        raise AttributeError(f"module 'vitrify' has no attribute {name!r}") from None
+    module = importlib.import_module(module_name)
+    value = module if module_name == f"vitrify.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
