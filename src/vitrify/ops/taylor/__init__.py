@@ -1,0 +1,170 @@
+"""Taylor attention (ViTALiTy, Algorithm 1): linear in the tokens, affine in the queries. The maths is in README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrify.errors import unknown
+from vitrify.ops.taylor import aten, reference, sparse, squares, validation
+from vitrify.ops.taylor.registration import taylor_attention_op, without_autocast
+from vitrify.ops.tracing import fx_leaf
+
+BACKENDS = ("aten", "fused", "reference")
+
+
+def backends() -> tuple[str, ...]:
+    """Return the names that `taylor_attention(..., backend=)` takes."""
+    return BACKENDS
+
+
+def selected_backend() -> str:
+    """Return the backend that `backend=None` picks here: "aten" while a graph is exported, else "fused"."""
+    exporting = torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
+    return "aten" if exporting else "fused"
+
+
+@fx_leaf
+def taylor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """First-order Taylor attention with centred keys: out = vbar + Q M, M = scale/n sum_j (k_j - kbar)^T (v_j - vbar).
+
+    Shapes, float16 | bfloat16 | float32 | float64 (the first two are accumulated in float32):
+        query (B, H, Nq, D), key (B, H, Nk, D), value (B, H, Nk, Dv) -> (B, H, Nq, Dv)
+        attn_mask: bool key-padding mask (B, 1, 1, Nk) or (1, 1, 1, Nk), True = attend. Means and sums run over the
+        valid keys; an image without any gets 0, as in SDPA.
+    The result's memory is laid out as (B, Nq, H, Dv): `out.transpose(1, 2).flatten(2)` copies nothing.
+    `scale` is 1/sqrt(D) by default. Under autocast the inputs are cast as SDPA's are.
+    `backend`: None picks (see `selected_backend`); "fused" is the registered op, "aten" plain PyTorch calls (for
+    export), "reference" Algorithm 1 step by step in the inputs' dtype.
+
+    Raises InputError (shapes, dtypes, scale, backend) and UnsupportedError (any mask but key padding).
+    ViTALiTy, Algorithm 1; PAPERS.md 1.2.
+    """
+    query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
+    backend = selected_backend() if backend is None else backend
+    if backend == "fused":
+        out: Tensor = taylor_attention_op(query, key, value, keep, scale)[0]
+        return out
+    with without_autocast(query):
+        if backend == "aten":
+            return aten.forward(query, key, value, keep, scale)[0]
+        if backend == "reference":
+            return reference.algorithm1(query, key, value, keep, scale)
+    raise unknown("backend", str(backend), BACKENDS)
+
+
+@fx_leaf
+def taylor_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    threshold: float | Tensor,
+    bits: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """Taylor attention corrected to softmax where the predictor expects strong attention: the training-time attention.
+
+    out = taylor + (mask * (softmax - taylor_weights)) V; shapes, dtypes and mask as in `taylor_attention`.
+    Returns (out, density): density is the kept share of the valid entries, 0-dim float32, without gradient.
+    `threshold`: probability (number, or 0-dim tensor); 0 gives softmax attention exactly, above 1 Taylor exactly.
+    The mask comes from queries and centred keys rounded to `bits` bits, per image and head, without gradient.
+
+    Raises InputError and UnsupportedError as `taylor_attention` does, and for a bad threshold or bits. PAPERS.md 1.3.
+    """
+    validation.check_predictor(threshold, bits)
+    query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
+    low_rank = taylor_attention(query, key, value, attn_mask, scale=scale)
+    with without_autocast(query):
+        correction, density = sparse.residual(query, key, value, keep, scale, threshold, bits)
+        return (low_rank + correction).to(query.dtype), density
+
+
+@fx_leaf
+def sparse_softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    threshold: float | Tensor,
+    bits: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the entries the predictor keeps, and nothing else: Sanger's sparse attention, the baseline.
+
+    Arguments, shapes, errors and density as in `taylor_sparse_attention`. A row with no kept entry gives 0; that needs
+    a threshold above 1/n, since the largest of n probabilities is never below 1/n.
+    """
+    validation.check_predictor(threshold, bits)
+    query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
+    with without_autocast(query):
+        out, density = sparse.sparse_softmax(query, key, value, keep, scale, threshold, bits)
+        return out.to(query.dtype), density
+
+
+@fx_leaf
+def sparse_mask(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    threshold: float | Tensor,
+    bits: int = 4,
+) -> Tensor:
+    """The predictor's mask, bool (B, H, Nq, Nk): where softmax of the `bits`-bit scores is at least `threshold`."""
+    validation.check_predictor(threshold, bits)
+    query, key, _, keep, scale = _prepare(query, key, key, attn_mask, scale)
+    with without_autocast(query), torch.no_grad():
+        query, key = (t.to(aten.accumulate_dtype(t.dtype)) for t in (query, key))
+        centred, *_ = aten.centre(keep, key, key)
+        return sparse.predict(query, centred, keep, scale, threshold, bits)
+
+
+@fx_leaf
+def taylor_squares_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """Taylor attention with the squares of the second-order term: weights ~ 1 + x_ij + scale^2/2 sum_a q_ia^2 k^_ja^2.
+
+    Shapes, dtypes, mask and errors as in `taylor_attention`; cost O(n d^2). Rows are divided by their sum, which is at
+    least n. Single weights may be negative, as in first order. After QT-ViT (NeurIPS 2024); PAPERS.md 1.4.
+    """
+    query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
+    with without_autocast(query):
+        return squares.forward(query, key, value, keep, scale)
+
+
+@fx_leaf
+def taylor_weights(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """The dense matrix that Taylor attention never forms: (1 + scale q.k^) / n, (B, H, Nq, Nk), for pictures and tests.
+
+    Rows sum to 1 over the valid keys, padded keys get 0, entries may be negative. Computed in the inputs' dtype.
+    """
+    query, key, _, keep, scale = _prepare(query, key, key, attn_mask, scale)
+    with without_autocast(query):
+        return reference.weights(query, key, keep, scale)
+
+
+def _prepare(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Apply autocast's dtype, as it would for SDPA, and check the arguments; the mask comes back as (B, Nk)."""
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    validation.check_inputs(query, key, value)
+    keep = validation.check_mask(attn_mask, query, key)
+    return query, key, value, keep, validation.check_scale(scale, query)

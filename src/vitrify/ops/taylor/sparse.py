@@ -1,0 +1,93 @@
+"""ViTALiTy's sparse training part, and Sanger's sparse softmax; PAPERS.md 1.3. Quadratic in the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrify.ops.taylor import aten
+from vitrify.ops.taylor.reference import select
+
+
+def logits(query: Tensor, key: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Return scale q.k^ (B, H, Nq, Nk), the centred keys and n. Softmax does not see the centring: it shifts rows."""
+    key, _, n = select(keep, key, key)
+    centred, _, _ = select(keep, key - key.sum(-2, keepdim=True) / n, key)
+    return (query * scale) @ centred.mT, centred, n
+
+
+@torch.no_grad()
+def predict(
+    query: Tensor, centred_key: Tensor, keep: Tensor | None, scale: float, threshold: float | Tensor, bits: int
+) -> Tensor:
+    """Return the bool mask (B, H, Nq, Nk) of entries whose predicted probability is at least `threshold`.
+
+    Queries and centred keys are rounded to `bits` bits, symmetrically, with one step per image and head. Queries are
+    all counted in their step: a key-padding mask says nothing about them.
+    """
+    query, query_step = quantise(query, bits)
+    key, key_step = quantise(centred_key, bits)
+    scores = (query * (query_step * key_step * scale)) @ key.mT
+    mask = hide(scores, keep).softmax(-1) >= threshold
+    return mask if keep is None else mask & keep[:, None, None, :]
+
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return floats with integer values, at most 2^(bits-1) - 1 in size, and the step (B, H, 1, 1): x ~ integer * step."""
+    top = 2 ** (bits - 1) - 1
+    step = x.abs().amax((-2, -1), keepdim=True) / top
+    # An all-zero head has step 0; its integers are 0 for any divisor.
+    return (x / step.where(step > 0, 1)).round_(), step
+
+
+def hide(scores: Tensor, keep: Tensor | None) -> Tensor:
+    """Set the scores of padded keys to the lowest finite number: probability 0, and no NaN where all are padded."""
+    return scores if keep is None else scores.masked_fill(~keep[:, None, None, :], torch.finfo(scores.dtype).min)
+
+
+def density(mask: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the kept share of the valid entries, a 0-dim float32 tensor (0 if no entry is valid)."""
+    if keep is None:
+        return mask.sum() / mask.numel()
+    return mask.sum() / (keep.sum() * (mask.shape[1] * mask.shape[2])).clamp(min=1)
+
+
+def residual(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    threshold: float | Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Return (mask * (softmax - taylor_weights)) V, in float32 or wider, and the mask's density."""
+    query, key, value = _wide(query, key, value)
+    x, centred, n = logits(query, key, keep, scale)
+    mask = predict(query, centred, keep, scale, threshold, bits)
+    difference = hide(x, keep).softmax(-1) - (x + 1) / n
+    _, value, _ = select(keep, value, value)
+    return (difference * mask) @ value, density(mask, keep)
+
+
+def sparse_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    threshold: float | Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Return softmax over the kept entries alone, times V, in float32 or wider, and the mask's density."""
+    query, key, value = _wide(query, key, value)
+    x, centred, _ = logits(query, key, keep, scale)
+    mask = predict(query, centred, keep, scale, threshold, bits)
+    # With the lowest finite number a row without kept entries stays finite; the product with the mask makes it 0.
+    probabilities = x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1) * mask
+    _, value, _ = select(keep, value, value)
+    return probabilities @ value, density(mask, keep)
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(aten.accumulate_dtype(t.dtype)) for t in tensors)
