@@ -118,8 +118,9 @@ def _torchvision(split: str, root: Path | None) -> Arrays:
     try:
         data = FashionMNIST(root, train=split == "train", download=True)
     except (RuntimeError, OSError) as error:  # urllib's errors are OSErrors; torchvision adds RuntimeErrors
+        reason = " ".join(str(error).split())  # torchvision's message runs over several lines
         raise VitrifyError(
-            f"torchvision could not download Fashion-MNIST to {root}: {error}. "
+            f"torchvision could not download Fashion-MNIST to {root}: {reason}. "
             "Without a network, use fashion-mnist:shipped or Debian's package dataset-fashion-mnist"
         ) from error
     return data.data.numpy(), data.targets.numpy().astype(np.uint8)

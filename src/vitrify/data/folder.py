@@ -47,8 +47,8 @@ class ImageFolder(Dataset[tuple[Any, int]]):
             stay put).
 
     Attributes:
-        samples: list of (path, label). classes: class names, empty if unlabelled. labelled: bool. source: which data,
-        with counts. skipped: list of (path, reason) met so far, in whichever worker process.
+        samples: list of (path string, label). classes: class names, empty if unlabelled. labelled: bool. source: which
+        data, with counts. skipped: list of (path, reason) met so far, in whichever worker process.
 
     Raises:
         InputError: no such folder or split; no images, an empty class, images beside class folders, a class that train
@@ -92,7 +92,11 @@ class ImageFolder(Dataset[tuple[Any, int]]):
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """The (path, reason) of every image that was asked for and could not be read."""
-        return [(str(self.samples[i][0]), _why_unreadable(self.samples[i][0])) for i in self._bad.nonzero().flatten()]
+        return [
+            (path, _why_unreadable(path))
+            for (path, _), bad in zip(self.samples, self._bad.tolist(), strict=True)
+            if bad
+        ]
 
     def _read(self, index: int) -> tuple[Any, int]:
         for candidate in (*range(index, len(self)), *range(index)):
@@ -109,7 +113,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         raise InputError(f"none of the {len(self):,} images of {self.source} can be read")
 
 
-def _why_unreadable(path: Path) -> str:
+def _why_unreadable(path: str) -> str:
     try:
         read_image(path)
     except InputError as error:
@@ -118,7 +122,10 @@ def _why_unreadable(path: Path) -> str:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot list the folder {folder}: {error}") from error
 
 
 def _is_image(path: Path) -> bool:
@@ -163,19 +170,23 @@ def _classes_of_train(folder: Path, classes: list[str], train: Path) -> list[str
     return known
 
 
-def _samples(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def _samples(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
+    looked_for = f"(looked for {', '.join(IMG_EXTENSIONS)})"
     if not classes:
-        samples = [(path, -1) for path in _visible(folder) if _is_image(path)]
+        samples = [(str(path), -1) for path in _visible(folder) if _is_image(path)]
     else:
         numbers = {name: label for label, name in enumerate(classes)}
         found = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
-        samples = [(Path(path), label) for path, label in found if not Path(path).name.startswith(".")]
+        samples = [(path, label) for path, label in found if not _hidden(Path(path).relative_to(folder))]
     if not samples:
-        raise InputError(f"no images in {folder}: looked for {', '.join(IMG_EXTENSIONS)}")
-    here = {path.name for path in _visible(folder)}
-    empty = sorted({name for name in classes if name in here} - {classes[label] for _, label in samples if classes})
-    if empty:
-        raise InputError(
-            f"the class folder {folder / empty[0]} holds no images (looked for {', '.join(IMG_EXTENSIONS)})"
-        )
+        raise InputError(f"no images in {folder} {looked_for}")
+    # A class that only train has is fine; a folder without images is more likely a mistake than a wish.
+    used = {classes[label] for _, label in samples if classes}
+    for name in classes:
+        if name not in used and (folder / name).is_dir():
+            raise InputError(f"the class folder {folder / name} holds no images {looked_for}")
     return samples
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def read_idx(path: Path, ndim: int) -> npt.NDArray[np.uint8]:
             f"it starts with {magic.hex(' ') or 'nothing'}, not {expected.hex(' ')}"
         )
     header_bytes = 4 + 4 * ndim
+    if len(content) < header_bytes:
+        raise InputError(f"{path} ends after {len(content)} bytes, inside its header of {header_bytes}")
     shape = tuple(int(size) for size in np.frombuffer(content[4:header_bytes], ">u4"))
     body_bytes = len(content) - header_bytes
-    if len(shape) != ndim or body_bytes != int(np.prod(shape, dtype=np.int64)):
-        raise InputError(f"{path} declares shape {shape}, but {max(body_bytes, 0)} bytes follow its header")
+    if body_bytes != math.prod(shape):
+        raise InputError(f"{path} declares shape {shape}, but {body_bytes} bytes follow its header")
     return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)

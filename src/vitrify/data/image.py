@@ -9,10 +9,10 @@ from PIL import Image, ImageOps
 
 from vitrify.errors import InputError
 
-_GREY_MODES = {"1", "L", "LA", "La"}
+_GREY_MODES = {"1", "L", "LA"}
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Decode an image file: mode L for grey files, RGB for all others; turned upright where EXIF says how it was held.
 
     16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white). Transparency is dropped, as

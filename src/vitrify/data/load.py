@@ -16,8 +16,9 @@ NAMES = ("fashion-mnist", *(f"fashion-mnist:{source}" for source in SOURCES))
 def load_dataset(
     spec: str | Path, split: str, *, transform: Callable[[Any], Any] | None = None, on_error: OnError = "raise"
 ) -> FashionMnist | ImageFolder:
-    """Open one split of a data set; an item is (PIL image, or what `transform` makes of it; label, or -1 where there is
-    none).
+    """Open one split of a data set; an item is (PIL image, or what `transform` makes of it; label).
+
+    A label is an int from 0 on, or -1 where there is none.
 
     Args:
         spec: "fashion-mnist" (Debian's full set where installed, else the shipped subset), "fashion-mnist:shipped",

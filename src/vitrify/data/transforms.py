@@ -61,6 +61,8 @@ def build_transform(
         raise unknown("augment", augment, AUGMENTS)
     if interpolation not in _RESAMPLING:
         raise unknown("interpolation", interpolation, _RESAMPLING)
+    if min(std) <= 0:
+        raise InputError(f"std must be positive, not {std}")
     if not 0 < crop_pct <= 1:
         raise InputError(f"crop_pct must be in (0, 1], not {crop_pct}")
     size = (height, width)
