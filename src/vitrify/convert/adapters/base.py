@@ -1,0 +1,135 @@
+"""What an adapter is, and the swap it makes.
+
+An adapter subclasses one attention class of a model library. Converting sets `module.__class__` to the adapter and adds
+`core` (and `value_conv`): the object, its children, Parameters, hooks, mode and `isinstance` stay what they were, and
+setting the class back undoes it. The adapter's forward has the source's signature; it projects, calls `attend`, and
+merges as the source does.
+
+To support another class: subclass `Adapter` and the class, write `forward` with `self.attend(...)` in place of the
+attention itself, `softmax_core`, `example_inputs` and `value_channels`, and name both in `adapters/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from vitrify.convert.copies import detached_copy, randomise
+from vitrify.convert.recipe import AttentionSpec
+from vitrify.nn import Core, CoreAttention, Softmax, Taylor, TaylorSparse, TokenGrid, ValueConv
+
+
+class Adapter(CoreAttention):
+    """Base of the adapters. Class methods take the module, before or after the swap."""
+
+    source: ClassVar[type[nn.Module]]
+    token_grid: TokenGrid | None
+
+    if TYPE_CHECKING:
+        # What the source class owns; model libraries ship no types.
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def softmax_core(cls, module: Any) -> Softmax:
+        """Return the softmax core that repeats the source's own path, bit for bit."""
+        raise NotImplementedError
+
+    @classmethod
+    def example_inputs(cls, module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of a small random call of the source's forward, on the CPU in float32."""
+        raise NotImplementedError
+
+    @classmethod
+    def value_channels(cls, module: Any) -> int:
+        """Return heads * value width: the channels of a value_conv."""
+        raise NotImplementedError
+
+    @classmethod
+    def dropout_p(cls, module: Any) -> float:
+        """Return the probability with which the source drops attention weights in training."""
+        return float(module.attn_drop.p)
+
+    @classmethod
+    def refusal(cls, module: Any, spec: AttentionSpec) -> str | None:
+        """Return why this module cannot become what `spec` says, or None. Extend it in a family with more limits."""
+        p = cls.dropout_p(module)
+        if spec.core != "softmax" and p > 0:
+            return f"attention dropout {p:g} has no exact form without attention weights: build the model with 0"
+        return None
+
+    @classmethod
+    def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
+        """Return where a value_conv learns the token grid at run time, or the reason why it cannot.
+
+        `ancestors`: the modules around `module`, the model first. A grid that must watch another module registers its
+        hook here; None means that the grid comes with each call.
+        """
+        return "the token grid of this module is unknown, so there is nothing to convolve V over"
+
+
+def make_core(spec: AttentionSpec, adapter: type[Adapter], module: nn.Module) -> Core:
+    """Return the core that `spec` asks for."""
+    if spec.core == "softmax":
+        return adapter.softmax_core(module)
+    if spec.core == "taylor":
+        return Taylor(squares=spec.squares, bias=spec.bias)
+    low_rank = spec.core == "taylor_sparse"
+    device = like(module).device
+    return TaylorSparse(spec.threshold, spec.bits, low_rank=low_rank, bias=spec.bias, device=device)
+
+
+def adopt(module: Any, adapter: type[Adapter], core: Core, value_conv: int = 0, grid: TokenGrid | None = None) -> None:
+    """Swap `module` to `adapter` in place, with that core; a core already there is replaced.
+
+    A value_conv of the same kernel size stays, with its weights.
+    """
+    previous = module.value_conv if isinstance(module, adapter) else None
+    module.__class__ = adapter
+    module.token_grid = grid
+    module.core = core.train(module.training)
+    if not value_conv:
+        module.value_conv = None
+    elif not isinstance(previous, ValueConv) or previous.conv.kernel_size != (value_conv, value_conv):
+        weight = like(module)
+        conv = ValueConv(adapter.value_channels(module), value_conv, device=weight.device, dtype=weight.dtype)
+        module.value_conv = conv.train(module.training)
+
+
+def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
+    """Return None if the adapter reproduces the source's forward bit for bit, else what differs.
+
+    Both run on a copy with random parameters and buffers, in evaluation mode: freshly built models hide mistakes
+    behind zero-initialised norms, and trained ones must not be disturbed.
+    """
+    copy = detached_copy(module)
+    generator = torch.Generator().manual_seed(0)
+    randomise(copy, generator)
+    for child in copy.modules():
+        child.training = False
+    args, kwargs = adapter.example_inputs(module)
+    dtype, device = like(copy).dtype, like(copy).device
+    args = tuple(a.to(device, dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    try:
+        with torch.no_grad():
+            expected = adapter.source.forward(copy, *args, **kwargs)
+            adopt(copy, adapter, adapter.softmax_core(copy))
+            actual = adapter.forward(copy, *args, **kwargs)
+    except Exception as error:  # whatever a changed source class may raise is a reason to leave the module alone
+        return f"a trial run failed: {type(error).__name__}: {error}"
+    pairs = zip(_tensors(expected), _tensors(actual), strict=True)
+    if all(torch.equal(a, b) for a, b in pairs):
+        return None
+    return "the adapter does not reproduce this module's output: its class may have changed since it was written"
+
+
+def like(module: nn.Module) -> torch.Tensor:
+    """Return the module's first floating-point parameter: what new parts take their device and dtype from."""
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    outputs = output if isinstance(output, (tuple, list)) else [output]
+    return [o for o in outputs if isinstance(o, torch.Tensor)]

@@ -1,0 +1,155 @@
+"""`convert_`: swaps a model's attention in place, and says what it did to every attention module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitrify.convert.adapters import adapter_for, looks_like_attention, no_adapter_reason, qualified_name
+from vitrify.convert.adapters.base import Adapter, adopt, make_core, verify
+from vitrify.convert.conversion import Change, Conversion
+from vitrify.convert.recipe import AttentionSpec, Recipe
+from vitrify.convert.tokens import InputSize, Shape, attention_shapes, check_input_size, default_input_size
+from vitrify.errors import InputError, unknown
+from vitrify.nn import TokenGrid
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention module that is going to be converted."""
+
+    name: str
+    module: nn.Module
+    adapter: type[Adapter]
+    spec: AttentionSpec
+
+    def change(self, detail: str) -> Change:
+        return Change(self.name, qualified_name(self.adapter.source), detail)
+
+
+def convert_(
+    model: nn.Module,
+    recipe: Recipe,
+    filter_fn: FilterFn | None = None,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+) -> Conversion:
+    """Convert the attention modules of `model` in place as `recipe` says; return what was changed, kept and refused.
+
+    filter_fn   (module, qualified name) -> bool: attention modules for which it is False are kept
+    input_size  (channels, height, width) at which costs are compared; by default what the model was built for
+
+    Objects, Parameters, child names, hooks, `requires_grad` and mode survive; state-dict keys change only where the
+    recipe adds parameters (value_conv). What cannot be converted exactly is refused, and stays as it was. Converting
+    again replaces cores. The Conversion is also left on the model as `model._vitrify`.
+
+    Raises InputError, with the model unchanged, if a pattern in `modules` names nothing, or if the model does not take
+    `input_size`.
+
+    >>> import timm, torch
+    >>> model = timm.create_model("deit_tiny_patch16_224")
+    >>> print(str(convert_(model, Recipe("mine", "taylor"))).splitlines()[0])
+    recipe 'mine': 12 changed, 0 kept, 0 refused
+    """
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe must be a Recipe, such as vitrify.recipes.vitality(), not {recipe!r}")
+    size = None if input_size is None else check_input_size(input_size)
+    conversion = Conversion(recipe)
+    sites = _plan(model, recipe, filter_fn, conversion)
+    shapes = _shapes(model, sites, size, conversion) if recipe.keep_if_costlier else {}
+    for site in sites:
+        _apply(model, site, shapes.get(site.name), conversion)
+    model._vitrify = conversion  # type: ignore[assignment]  # a plain attribute, which nn.Module's types do not foresee
+    return conversion
+
+
+def _plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFn | None, conversion: Conversion) -> list[_Site]:
+    """Return what to convert; note what is kept or refused."""
+    found = _attention_modules(model)
+    for pattern in recipe.modules:
+        if not any(recipe.names_module(pattern, name) for name in found):
+            raise unknown("attention module in recipe.modules", pattern, found)
+    sites = []
+    for name, module in found.items():
+        adapter = adapter_for(module)
+        source = qualified_name(type(module) if adapter is None else adapter.source)
+        if filter_fn is not None and not filter_fn(module, name):
+            conversion.kept.append(Change(name, source, "filter_fn left it out"))
+            continue
+        spec = recipe.spec_for(name)
+        reason = no_adapter_reason(module) if adapter is None else adapter.refusal(module, spec)
+        if adapter is not None and reason is None and not isinstance(module, Adapter):
+            reason = verify(module, adapter)
+        if adapter is None or reason is not None:
+            conversion.refused.append(Change(name, source, str(reason)))
+        else:
+            sites.append(_Site(name, module, adapter, spec))
+    return sites
+
+
+def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the innermost modules that look like attention, by qualified name, without blocks that merely hold one."""
+    found = {n: m for n, m in model.named_modules() if adapter_for(m) is not None or looks_like_attention(m)}
+    return {
+        name: module
+        for name, module in found.items()
+        if adapter_for(module) is not None
+        or not any(inner is not module and inner in found.values() for inner in module.modules())
+    }
+
+
+def _shapes(model: nn.Module, sites: list[_Site], size: InputSize | None, conversion: Conversion) -> dict[str, Shape]:
+    """Return each site's shape at `size`, or at the model's own; if neither runs, note that costs are unchecked."""
+    if all(site.spec.core == "softmax" for site in sites):
+        return {}
+    chosen = size or default_input_size(model)
+    problem = "the model does not say its image size"
+    if chosen is not None:
+        try:
+            shapes = attention_shapes(model, {site.name: site.adapter for site in sites}, chosen)
+        except Exception as error:  # any model may be given, and may fail in any way
+            problem = f"a trial run at {chosen} failed: {type(error).__name__}: {error}"
+            if size is not None:
+                raise InputError(f"input_size {size} does not suit the model: {problem}") from error
+        else:
+            conversion.input_size = chosen
+            return shapes
+    conversion.notes.append(f"token count unknown, cost not checked: {problem}")
+    return {}
+
+
+def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conversion) -> None:
+    core = make_core(site.spec, site.adapter, site.module)
+    detail = str(site.spec)
+    if shape is not None:
+        sizes = (shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim)
+        before, after = site.adapter.softmax_core(site.module).multiplications(*sizes), core.multiplications(*sizes)
+        if shape.has_bias and site.spec.bias == "carry" and site.spec.core != "softmax":
+            after += shape.num_queries * shape.num_keys * shape.value_dim
+        tokens = f"{shape.num_queries} queries, {shape.num_keys} keys"
+        if after > before:
+            kept = f"{tokens}: {site.spec.core} would multiply {after:,} times per head, softmax {before:,}"
+            conversion.kept.append(site.change(kept))
+            if isinstance(site.module, Adapter):
+                adopt(site.module, site.adapter, site.adapter.softmax_core(site.module))
+            return
+        detail += f"; {tokens}: {before:,} -> {after:,} multiplications per head"
+    grid: TokenGrid | str | None = None
+    if site.spec.value_conv:
+        grid = site.adapter.find_grid(site.module, _ancestors(model, site.name))
+    if isinstance(grid, str):
+        conversion.refused.append(site.change(grid))
+        return
+    adopt(site.module, site.adapter, core, site.spec.value_conv, grid)
+    conversion.changed.append(site.change(detail))
+    conversion.applied[site.name] = site.spec
+
+
+def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules around the one with that name, the model first."""
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))] if name else []

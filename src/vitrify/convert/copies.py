@@ -1,0 +1,84 @@
+"""Copies of modules to try things on, so that the user's model is neither run nor changed by a trial."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+M = TypeVar("M", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def detached_copy(module: M) -> M:
+    """Return a deep copy without hooks and without autograd history; meta parameters become (empty) CPU ones."""
+    memo = _without_hooks(module)
+    for tensor in _stray_tensors(module):
+        memo[id(tensor)] = tensor.detach().clone()
+    duplicate = copy.deepcopy(module, memo)
+    if any(p.is_meta for p in duplicate.parameters()):
+        duplicate.to_empty(device="cpu")
+    return duplicate
+
+
+def fake_copy(module: M, mode: FakeTensorMode) -> M:
+    """Return a deep copy without hooks whose parameters and buffers are fake tensors: its shapes without its memory."""
+    memo = _without_hooks(module)
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)
+    for tensor in [*module.buffers(), *_stray_tensors(module)]:
+        memo[id(tensor)] = mode.from_tensor(tensor.detach())
+    return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill every floating-point parameter and buffer with random numbers that keep activations near unit size."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            # Matrices by their fan-in; vectors (norm weights, biases, layer scales) around one.
+            noise = noise / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1 + noise / 2
+            parameter.copy_(noise)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            # Positive: running variances are among them.
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+
+
+def _without_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a deepcopy memo that replaces every hook table by an empty one."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for name in _HOOKS:
+            if name in child.__dict__:
+                memo[id(child.__dict__[name])] = OrderedDict()
+    return memo
+
+
+def _stray_tensors(module: nn.Module) -> list[Tensor]:
+    """Return tensors held as plain attributes or in dicts (caches), which deepcopy refuses if they have history."""
+    found: list[Tensor] = []
+    registered = {id(t) for t in [*module.parameters(), *module.buffers()]}
+    for child in module.modules():
+        for value in child.__dict__.values():
+            values = value.values() if isinstance(value, dict) else [value]
+            found += [v for v in values if isinstance(v, Tensor) and id(v) not in registered]
+    return found
