@@ -1,0 +1,25 @@
+"""Artefacts: a model that remembers how it was built and converted, written to a folder and read back bit for bit.
+
+- `create_model`: build a timm or Hugging Face model by name, and remember how.
+- `save`, `load`: the artefact folder (`model.safetensors`, `recipe.json`, `config.json`).
+- `input_config`: the image size and normalisation a model expects.
+- `read_checkpoint`, `load_weights`: other people's checkpoints, without ever running pickle code.
+"""
+
+from __future__ import annotations
+
+from vitrify.artefact.builders import create_model, input_config, rebuild_original
+from vitrify.artefact.checkpoints import load_weights, read_checkpoint
+from vitrify.artefact.folder import check_target, is_artefact, load, save
+
+__all__ = [
+    "check_target",
+    "create_model",
+    "input_config",
+    "is_artefact",
+    "load",
+    "load_weights",
+    "read_checkpoint",
+    "rebuild_original",
+    "save",
+]

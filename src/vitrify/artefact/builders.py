@@ -1,0 +1,132 @@
+"""Models by name, with a record of how each was built that is enough to build it again in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrify.artefact import hf_models, timm_models
+from vitrify.artefact.checkpoints import load_weights, read_checkpoint
+from vitrify.errors import InputError, unknown
+
+_HF_PREFIX = "hf:"
+
+
+def create_model(
+    name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a timm or Hugging Face model that `vitrify.save` can write and `vitrify.load` can build again.
+
+    - `name`: a timm name ("deit_tiny_patch16_224", "vit_base_patch16_224.augreg_in21k", or vitrify's own
+      "vit_mini_patch2_28"), or "hf:" and a folder with a Hugging Face `config.json` ("hf:./dinov2-small").
+    - `pretrained`: load the published weights (for "hf:", the folder's own).
+    - `checkpoint`: load a `.safetensors` or `.pth` file instead; see `read_checkpoint`.
+    - `kwargs`: timm's arguments (`img_size`, `num_classes`, `in_chans`, ...), or fields of the Hugging Face config.
+      None means the model's own default.
+
+    Raises InputError for an unknown name (with the nearest ones), arguments that the model does not take, and
+    checkpoints that do not fit; VitrifyError where pre-trained weights cannot be fetched.
+
+    >>> model = create_model("vit_mini_patch2_28", pretrained=True)
+    """
+    if pretrained and checkpoint is not None:
+        raise InputError("give either pretrained=True or a checkpoint, not both: which weights should be loaded?")
+    arguments = {key: value for key, value in kwargs.items() if value is not None}
+    record: dict[str, Any] = {"arguments": arguments}
+    if name.startswith(_HF_PREFIX):
+        source = name.removeprefix(_HF_PREFIX)
+        model = hf_models.build(source, arguments, pretrained=pretrained)
+        record = {"source": source}
+    else:
+        model = timm_models.build(name, arguments, pretrained=pretrained)
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint).resolve()
+        load_weights(model, read_checkpoint(checkpoint), checkpoint)
+    # Where the unconverted weights came from, so that `vitrify eval --against original` can find them again.
+    record["weights"] = {
+        "requested": name,
+        "pretrained": pretrained,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
+    model._vitrify_builder = record  # type: ignore[assignment]
+    return model
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Say whether a model is one of transformers' (without importing transformers to find out)."""
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+
+
+def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
+    """Return the record from which `rebuild` builds this model; InputError where there is no such record.
+
+    `converted` names the modules that `convert_` changed: they are compared no further.
+    """
+    return hf_models.describe(model) if is_transformers(model) else timm_models.describe(model, converted)
+
+
+def rebuild(record: Mapping[str, Any]) -> nn.Module:
+    """Build the unconverted model of a record, with fresh weights."""
+    library = record.get("library")
+    if library == "timm":
+        return timm_models.rebuild(_tuples(record))
+    if library == "transformers":
+        return hf_models.rebuild(record)
+    if library == "caller":
+        raise InputError(
+            f"this artefact holds a {record.get('class')} that vitrify cannot build ({record.get('reason')}): "
+            "build the same model yourself and pass it, `vitrify.load(path, model=model)`"
+        )
+    raise unknown("model library", str(library), ["timm", "transformers", "caller"])
+
+
+def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
+    """Build the unconverted model of a record with the weights it had before any fine-tuning.
+
+    Raises InputError where the record does not say where those weights came from.
+    """
+    weights = record.get("weights") or {}
+    if not weights.get("pretrained") and not weights.get("checkpoint"):
+        raise InputError(
+            "it is not known where the original weights came from (neither `pretrained` nor a checkpoint was given "
+            "when the model was built): give the original itself, an artefact folder or a checkpoint file"
+        )
+    arguments = record.get("arguments", {}) if record.get("library") == "timm" else {}
+    return create_model(
+        weights["requested"],
+        pretrained=weights["pretrained"],
+        checkpoint=weights["checkpoint"],
+        **_tuples(arguments),
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """Undo what JSON does to tuples: timm's arguments are never lists."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """Return how to prepare images: input_size (channels, height, width), mean, std, interpolation and crop_pct.
+
+    Mean and standard deviation have one value per channel: published RGB values are averaged for a grey model.
+    """
+    cfg = hf_models.pretrained_cfg(model) if is_transformers(model) else getattr(model, "pretrained_cfg", None)
+    if not cfg:
+        raise InputError(f"{type(model).__name__} does not say which images it expects: it has no pretrained_cfg")
+    size = tuple(timm_models.input_size(model)) if not is_transformers(model) else tuple(cfg["input_size"])
+    return {
+        "input_size": size,
+        "mean": _per_channel(cfg["mean"], size[0]),
+        "std": _per_channel(cfg["std"], size[0]),
+        "interpolation": cfg.get("interpolation") or "bicubic",
+        "crop_pct": cfg.get("crop_pct") or 1.0,
+    }
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

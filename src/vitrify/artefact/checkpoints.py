@@ -1,0 +1,177 @@
+"""Weights from elsewhere: safetensors and `.pth` files, read without ever running pickle code."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vitrify.errors import InputError
+
+# Where training scripts put the weights, best first: the averaged weights are the ones that were evaluated.
+_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# DistributedDataParallel and torch.compile wrap the model, in either order.
+_WRAPPERS = ("module.", "_orig_mod.")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Return the weights in a `.safetensors` or torch (`.pth`, `.pt`, `.bin`, `.ckpt`, `.tar`) file, on the CPU.
+
+    In a training checkpoint, `state_dict_ema` is preferred, then `model_ema`, `state_dict` and `model`. The prefixes
+    that DistributedDataParallel and torch.compile put before every name are removed.
+
+    Raises InputError where the file is missing, truncated, of another kind, or needs code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: expected a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        return _unwrapped(read_safetensors(path))
+    if path.suffix not in _TORCH_SUFFIXES:
+        raise InputError(f"cannot tell what {path} is: expected .safetensors or one of {', '.join(_TORCH_SUFFIXES)}")
+    return _unwrapped(_pick_state(_read_torch(path), path))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of a safetensors file, on the CPU; InputError where it is missing or truncated."""
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path}") from None
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} ({size:,} bytes) is not a complete safetensors file: truncated, or of another kind ({error})"
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # timm's training script stores its command line as a Namespace: plain attributes, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} was refused: reading it would run code stored in it{_globals_in(path)}. "
+            "vitrify reads tensors only; save the state dict alone, best as .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        size = path.stat().st_size
+        raise InputError(f"{path} ({size:,} bytes) is not a complete torch checkpoint: {_first_line(error)}") from error
+
+
+def _globals_in(path: Path) -> str:
+    """Name what the pickle would have called, for checkpoints in torch's zip format."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # The file is hostile or broken: any failure here only costs the names.
+        return ""
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _pick_state(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for key in _STATE_KEYS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content)
+        raise InputError(f"{path} holds no state dict: found {found}; expected tensors, or {', '.join(_STATE_KEYS)}")
+    return dict(content)
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((w for w in _WRAPPERS if tensors and all(k.startswith(w) for k in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """Say how the names and shapes of `given` differ from `expected`; None where they agree.
+
+    >>> mismatch({"a": torch.zeros(2)}, {"b": torch.zeros(2)})
+    '1 missing key: a; 1 unexpected key: b'
+    """
+    wrong = [
+        f"{key} has shape {tuple(given[key].shape)}, the model needs {tuple(expected[key].shape)}"
+        for key in expected
+        if key in given and given[key].shape != expected[key].shape
+    ]
+    parts = [
+        _listed("missing key", [key for key in expected if key not in given]),
+        _listed("unexpected key", [key for key in given if key not in expected]),
+        _listed("wrong shape", wrong),
+    ]
+    return "; ".join(part for part in parts if part) or None
+
+
+def _listed(what: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    rest = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{len(items)} {what}{'s' if len(items) > 1 else ''}: {', '.join(items[:5])}{rest}"
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `tensors` into `model`, strictly, after what the model's own library does to published checkpoints.
+
+    Where names or shapes differ, timm's filter for the model's family is tried (it renames the keys of the original
+    releases and resamples position embeddings to another image size). A classifier of another width is left out, with
+    a warning, since that is what fine-tuning to new classes means. `source` is named in errors.
+
+    Raises InputError that lists the missing and unexpected keys.
+    """
+    tensors = dict(tensors)
+    expected = model.state_dict()
+    if mismatch(expected, tensors):
+        tensors = _without_classifier(model, _family_filter(model, tensors))
+    if problem := mismatch(expected, tensors):
+        raise InputError(f"{source} does not fit {type(model).__name__}: {problem}")
+    model.load_state_dict({**expected, **tensors}, strict=True)
+
+
+def _family_filter(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    family = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if family is None:
+        return tensors
+    try:
+        return dict(family(dict(tensors), model))
+    except Exception:  # A foreign file can break the filter anywhere; the list of keys is the better message.
+        return tensors
+
+
+def _without_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the classifier's own initial weights where the checkpoint's has another number of classes."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    expected = model.state_dict()
+    result = dict(tensors)
+    for name in (names,) if isinstance(names, str) else names:
+        keys = [f"{name}.weight", f"{name}.bias"]
+        if not any(key in tensors and _shape(expected.get(key)) != tensors[key].shape for key in keys):
+            continue
+        classes = tensors[keys[0]].shape[0] if keys[0] in tensors else "other"
+        warnings.warn(f"the checkpoint's classifier {name!r} ({classes} classes) was left out", stacklevel=4)
+        for key in keys:
+            result.pop(key, None)
+            if key in expected:
+                result[key] = expected[key]
+    return result
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape

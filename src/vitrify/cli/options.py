@@ -1,0 +1,95 @@
+"""What several commands share: the options that name a model, a device and a data set, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrify.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Where a fine-tuning run keeps its artefact: the folder of the run stands for it.
+RUN_MODEL = "model"
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm name (deit_tiny_patch16_224), hf:FOLDER (a Hugging Face model), "
+        "or the folder of an artefact or of a finished run.",
+        show_default=False,
+    ),
+]
+PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="Load the published weights.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(help="Load weights from this .safetensors or .pth file (pickled code is never run).", metavar="FILE"),
+]
+ImgSizeOption = Annotated[int | None, typer.Option(help="Image side, in pixels. Default: the model's own.")]
+NumClassesOption = Annotated[int | None, typer.Option(help="Width of the classifier; 0 for an encoder without one.")]
+InChansOption = Annotated[int | None, typer.Option(help="Image channels: 1 (grey) or 3.")]
+RecipeOption = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="A recipe's name (`vitrify recipes` lists them) or a YAML file.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC",
+        help="fashion-mnist (Debian's full set, else the one that ships with vitrify), fashion-mnist:shipped, "
+        "fashion-mnist:torchvision, or a folder of images: FOLDER/train/CLASS/*.jpg, or flat and unlabelled.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+OnErrorOption = Annotated[
+    str, typer.Option("--on-error", metavar="raise|skip", help="An unreadable image: stop, or skip and count it.")
+]
+
+
+def load_model(spec: str, **wanted: Any) -> nn.Module:
+    """Return the model that MODEL and the options beside it mean: an artefact folder, or `create_model`'s arguments."""
+    from vitrify.artefact import create_model, is_artefact, load
+
+    if is_artefact(run := Path(spec) / RUN_MODEL):
+        spec = str(run)
+    if is_artefact(spec):
+        if given := [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value not in (None, False)]:
+            raise InputError(
+                f"{spec} is an artefact, which says itself what {', '.join(given)} would say: leave it out"
+            )
+        return load(spec)
+    if Path(spec).is_dir():
+        raise InputError(f"the folder {spec} is not an artefact (a Hugging Face folder is given as hf:{spec})")
+    if "/" in spec and ":" not in spec:
+        raise InputError(f"there is no artefact at {spec}")
+    return create_model(spec, **wanted)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device to use. InputError if it does not exist here."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s); use auto or cpu")
+    return device
+
+
+def open_data(spec: str, split: str, model: nn.Module, *, on_error: Any = "raise", augment: Any = None) -> Any:
+    """Open a data set with the transform that `model` expects; `augment` makes it the training transform."""
+    from vitrify.artefact import input_config
+    from vitrify.data import build_transform, load_dataset
+
+    transform = build_transform(**input_config(model), train=augment is not None, augment=augment or "none")
+    return load_dataset(spec, split, transform=transform, on_error=on_error)
