@@ -124,11 +124,12 @@ def _shapes(model: nn.Module, sites: list[_Site], size: InputSize | None, conver
 
 def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conversion) -> None:
     core = make_core(site.spec, site.adapter, site.module)
-    detail = str(site.spec)
+    remark = site.adapter.remark(site.module, site.spec)
+    detail = f"{site.spec}; {remark}" if remark else str(site.spec)
     if shape is not None:
         sizes = (shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim)
         before, after = site.adapter.softmax_core(site.module).multiplications(*sizes), core.multiplications(*sizes)
-        if shape.has_bias and site.spec.bias == "carry" and site.spec.core != "softmax":
+        if shape.has_bias and site.spec.bias == "carry" and site.spec.core in ("taylor", "taylor_sparse"):
             after += shape.num_queries * shape.num_keys * shape.value_dim
         tokens = f"{shape.num_queries} queries, {shape.num_keys} keys"
         if after > before:

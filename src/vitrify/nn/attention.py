@@ -48,8 +48,15 @@ class CoreAttention(nn.Module):
             return out
         if grid is None:
             raise InputError("value_conv needs the token grid: grid=(height, width, num_prefix_tokens)")
-        local: Tensor = self.value_conv(value, *grid, attn_mask=attn_mask, is_causal=is_causal)
-        return out + local
+        return out + self.convolve(value, grid, attn_mask, is_causal)
+
+    def convolve(
+        self, value: Tensor, grid: tuple[int, int, int], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Return the convolution of value (B, H, Nk, Dv), one row per query; override it where Nq differs from Nk."""
+        assert self.value_conv is not None
+        convolved: Tensor = self.value_conv(value, *grid, attn_mask=attn_mask, is_causal=is_causal)
+        return convolved
 
 
 class Attention(CoreAttention):

@@ -61,6 +61,11 @@ class Adapter(CoreAttention):
         return None
 
     @classmethod
+    def remark(cls, module: Any, spec: AttentionSpec) -> str:
+        """Return what a reader of the Conversion should know about this change beside the spec, or nothing."""
+        return ""
+
+    @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
         """Return where a value_conv learns the token grid at run time, or the reason why it cannot.
 
@@ -128,6 +133,12 @@ def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
 def like(module: nn.Module) -> torch.Tensor:
     """Return the module's first floating-point parameter: what new parts take their device and dtype from."""
     return next(p for p in module.parameters() if p.is_floating_point())
+
+
+def watching(module: nn.Module, cls: type[TokenGrid]) -> Any:
+    """Return the grid whose hook is already on `module`, so that converting again does not add a second one."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, cls)), None)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

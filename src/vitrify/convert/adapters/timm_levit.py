@@ -67,7 +67,7 @@ class LeViTAdapter(Adapter):
     @classmethod
     def remark(cls, module: Any, spec: AttentionSpec) -> str:
         """Say what became of the bias, and at what cost."""
-        if spec.core == "softmax":
+        if spec.core not in ("taylor", "taylor_sparse"):
             return ""
         if spec.bias == "drop":
             return "position bias dropped"
@@ -124,14 +124,8 @@ class LeViTAttentionDownsample(LeViTAdapter, AttentionDownsample):  # type: igno
         return x
 
     def convolve(
-        self,
-        value: Tensor,
-        grid: tuple[int, int, int] | None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, value: Tensor, grid: tuple[int, int, int], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Convolve V on the keys' grid, and read it where the queries are: at every `stride`-th row and column."""
-        out = super().convolve(value, grid, attn_mask, is_causal)
-        height, width = self.resolution
-        out = out.unflatten(2, (height, width))[:, :, :: self.stride, :: self.stride]
-        return out.flatten(2, 3)
+        out = super().convolve(value, grid, attn_mask, is_causal).unflatten(2, grid[:2])
+        return out[:, :, :: self.stride, :: self.stride].flatten(2, 3)

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from vitrify.convert.adapters.base import Adapter
+from vitrify.convert.adapters.base import Adapter, watching
 from vitrify.nn import Softmax, TokenGrid
 
 
@@ -78,7 +78,7 @@ class PatchGrid(TokenGrid):
     @classmethod
     def of(cls, model: VisionTransformer) -> PatchGrid:
         """Return the model's grid, watching its patch embedding from now on."""
-        grid: PatchGrid | None = _watching(model.patch_embed, cls)
+        grid: PatchGrid | None = watching(model.patch_embed, cls)
         if grid is None:
             grid = cls(model.num_prefix_tokens)
             model.patch_embed.register_forward_pre_hook(grid.watch)
@@ -100,7 +100,7 @@ class UnfoldGrid(TokenGrid):
     @classmethod
     def of(cls, block: Any) -> UnfoldGrid:
         """Return the block's grid, watching its feature map from now on."""
-        grid: UnfoldGrid | None = _watching(block.conv_1x1, cls)
+        grid: UnfoldGrid | None = watching(block.conv_1x1, cls)
         if grid is None:
             grid = cls(block.patch_size)
             block.conv_1x1.register_forward_pre_hook(grid.watch)
@@ -110,9 +110,3 @@ class UnfoldGrid(TokenGrid):
         """Record how many patches the map about to be unfolded has; it is resized up to whole patches."""
         (height, width), (patch_h, patch_w) = args[0].shape[-2:], self.patch_size
         self.record(-(-height // patch_h), -(-width // patch_w))
-
-
-def _watching(module: nn.Module, cls: type[TokenGrid]) -> Any:
-    """Return the grid whose hook is already on `module`, so that converting again does not add a second one."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, cls)), None)
