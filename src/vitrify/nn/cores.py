@@ -204,9 +204,9 @@ class TaylorSparse(Taylor):
         self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
-        """Set the threshold, a probability in [0, 1]: 0 is softmax attention, above the largest probability Taylor."""
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold must be a probability in [0, 1], not {threshold}")
+        """Set the threshold: 0 is softmax attention; above 1, which no probability reaches, Taylor without a predictor."""
+        if not threshold >= 0:
+            raise InputError(f"threshold must be a probability, or above 1 to keep nothing, not {threshold}")
         self._threshold = float(threshold)
         self.threshold.fill_(self._threshold)
 
@@ -224,7 +224,9 @@ class TaylorSparse(Taylor):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend; shapes at the top of this file. Raises UnsupportedError as Taylor does."""
-        if self.low_rank and not self.training:
+        if self.low_rank and (not self.training or self._threshold > 1):
+            if self.training:
+                self.density.zero_()
             return super().forward(
                 query, key, value, attn_mask, scale=scale, dropout_p=dropout_p, bias=bias, is_causal=is_causal
             )
