@@ -204,7 +204,7 @@ class TaylorSparse(Taylor):
         self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
-        """Set the threshold: 0 is softmax attention; above 1, which no probability reaches, Taylor without a predictor."""
+        """Set the threshold: 0 is softmax; above 1, which no probability reaches, it is Taylor without a predictor."""
         if not threshold >= 0:
             raise InputError(f"threshold must be a probability, or above 1 to keep nothing, not {threshold}")
         self._threshold = float(threshold)

@@ -66,7 +66,7 @@ class BlockFeatures:
         return collect
 
 
-def encode(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def encode(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the encoder's output tokens (batch, tokens, embed_dim) and pooled features (batch, channels).
 
     timm: `forward_features`, and the pooled features before the classifier. Hugging Face: `last_hidden_state` of the

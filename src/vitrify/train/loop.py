@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from vitrify import artefact
 from vitrify.data import DeterministicDataset
-from vitrify.errors import InputError, VitrifyError
+from vitrify.data.deterministic import SizedDataset
+from vitrify.errors import InputError
 from vitrify.nn.cores import TaylorSparse
 from vitrify.train import checkpoint as checkpoints
 from vitrify.train.checkpoint import Checkpoint
@@ -26,9 +26,9 @@ from vitrify.train.config import TrainConfig
 from vitrify.train.determinism import EpochBatches, permutation, seed_step
 from vitrify.train.features import check_teacher
 from vitrify.train.interrupt import Interruption
-from vitrify.train.metrics import Display, Meter, MetricsLog
 from vitrify.train.objective import Objective, checkpointed_blocks, unfused_softmax
 from vitrify.train.optimizer import build_optimizer, load_state_tensors, state_tensors
+from vitrify.train.recorder import Recorder
 from vitrify.train.run_folder import Resume, RunFolder, identity_of
 from vitrify.train.schedule import RisingThreshold, learning_rate
 from vitrify.train.tasks import Task, to_device
@@ -61,6 +61,7 @@ def finetune(
             raise InputError(f"objective {config.objective!r} needs the unconverted model: pass teacher=")
         check_teacher(model, teacher)
     dataset = _limited(task.train_dataset, config)
+    _check_batches(len(dataset), config, accelerator.num_processes)
     if accelerator.is_main_process:
         folder.prepare(config, identity_of(model, len(dataset)), resume)
     accelerator.wait_for_everyone()
@@ -83,40 +84,43 @@ class Trainer:
         folder: RunFolder,
         teacher: nn.Module | None,
         accelerator: Accelerator,
-        dataset: Dataset[Any],
+        dataset: SizedDataset,
     ) -> None:
         self.accelerator, self.task, self.config, self.folder = accelerator, task, config, folder
         self.model = model.to(accelerator.device)
         self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
-        self.data = DeterministicDataset(dataset, config.seed)  # type: ignore[arg-type]
-        self.steps_per_epoch = _steps_per_epoch(len(self.data), config, accelerator.num_processes)
-        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
+        self.data = DeterministicDataset(dataset, config.seed)
+        self.steps_per_epoch = len(self.data) // config.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0
         self.ema = ModelEmaV3(self.model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.objective, self.optimizer = accelerator.prepare(
             Objective(self.model, task, self.teacher), build_optimizer(self.model, config.lr, config.weight_decay)
         )
-        self.sparse_cores = {name: m for name, m in self.model.named_modules() if isinstance(m, TaylorSparse)}
-        self.thresholds = RisingThreshold(self.model)
-        # Logs stay on the device until flushed; `interval` averages over log_every steps, `epoch_mean` over the epoch.
-        self.pending: list[dict[str, Tensor]] = []
-        self.interval, self.epoch_mean = Meter(), Meter()
+        self.thresholds = RisingThreshold(self.model) if config.threshold_schedule == "rising" else None
+        self.recorder = Recorder(
+            config,
+            accelerator,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            learning_rate=self._learning_rate,
+            sparse_cores={name: m for name, m in self.model.named_modules() if isinstance(m, TaylorSparse)},
+        )
 
     def fit(self) -> None:
         """Train from where the last checkpoint left off."""
         self._restore()
-        main = self.accelerator.is_main_process
-        rising = self.config.threshold_schedule == "rising"
-        with ExitStack() as stack:
-            self.log = MetricsLog(self.folder.path, self.step, tensorboard=self.config.tensorboard) if main else None
-            if self.log is not None:
-                stack.callback(self.log.close)
-            stack.enter_context(self.thresholds if rising else nullcontext())
-            stack.enter_context(checkpointed_blocks(self.model, self.config.grad_checkpointing))
-            stack.enter_context(unfused_softmax(self.model) if self.accelerator.device.type == "cpu" else nullcontext())
-            self.display = stack.enter_context(Display(int(self.total_steps), self.step, enabled=main))
-            self.interruption = stack.enter_context(Interruption())
-            self.saved_at = self.logged_at = time.monotonic()
+        self.saved_at = time.monotonic()
+        on_cpu = self.accelerator.device.type == "cpu"
+        with (
+            self.recorder.start(self.folder.path, self.step),
+            self.thresholds or nullcontext(),
+            checkpointed_blocks(self.model, self.config.grad_checkpointing),
+            unfused_softmax(self.model) if on_cpu else nullcontext(),
+            Interruption() as self.interruption,
+        ):
             while self.step < self.total_steps:
                 self._train_epoch()
         self._finish()
@@ -128,20 +132,19 @@ class Trainer:
             self._train_step(batch)
             if self.step == self.total_steps:
                 break
-            if self.step % self.config.log_every == 0:
-                self._write_interval()
             if self.step % self.steps_per_epoch:
                 self._maybe_checkpoint()
-        self._flush()
-        self._write_epoch(epoch + 1, self._evaluate())
-        self.epoch_mean = Meter()
+        self.recorder.write_epoch(
+            self.step, self._evaluate(), skipped=len(getattr(self.task.train_dataset, "skipped", ()))
+        )
         self._checkpoint()
         self._stop_if_interrupted()
 
     def _train_step(self, batch: Any) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
-        self.thresholds.progress = self.step / self.total_steps
+        if self.thresholds is not None:
+            self.thresholds.progress = self.step / self.total_steps
         seed_step(self.config.seed, self.step, self.accelerator.process_index)
         loss, logs = self.objective(to_device(batch, self.accelerator.device))
         self.accelerator.backward(loss)
@@ -152,9 +155,7 @@ class Trainer:
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        density = {f"density/{name}": core.density.clone() for name, core in self.sparse_cores.items()}
-        self.pending.append({**logs, **density})
-        self.display.advance(self.step)
+        self.recorder.add(self.step, logs)
 
     def _batches(self, epoch: int, first_step: int) -> Iterator[Any]:
         self.data.set_epoch(epoch)
@@ -186,60 +187,7 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
-        return learning_rate(step, int(self.total_steps), warmup, self.config.lr, self.config.min_lr)
-
-    # --- logs ---
-
-    def _flush(self) -> None:
-        """Bring the logs of the steps since the last flush to the CPU, and stop if a loss among them is not finite.
-
-        The only synchronisation with the device. Raises VitrifyError naming the step and its learning rate.
-        """
-        if not self.pending:
-            return
-        names = list(self.pending[0])
-        rows = torch.stack([torch.stack([logs[name].float() for name in names]) for logs in self.pending])
-        first = self.step - len(self.pending)
-        self.pending.clear()
-        for step, row in enumerate(self.accelerator.reduce(rows, reduction="mean").tolist(), first):
-            values = dict(zip(names, row, strict=True))
-            if not math.isfinite(values["loss"]):
-                raise VitrifyError(
-                    f"the loss is {values['loss']} at step {step + 1} of {self.total_steps}, at a learning rate of "
-                    f"{self._learning_rate(step):.3g}: try a lower lr, clip_grad, or amp='no'"
-                )
-            self.interval.add(values)
-            self.epoch_mean.add(values)
-
-    def _write_interval(self) -> None:
-        self._flush()
-        now = time.monotonic()
-        # After resuming, the first interval holds steps of the run before: they are not in its time.
-        steps = min(self.interval.count, self.step - self.restored_step)
-        speed = steps * self.config.batch_size / (now - self.logged_at)
-        means = self.interval.means()
-        line = {"epoch": self.step / self.steps_per_epoch, "lr": self._learning_rate(self.step - 1)}
-        self._write("train", {**line, "images_per_s": round(speed, 1)}, means)
-        self.display.note(f"step {self.step}: loss {means['loss']:.4f}, {speed:.0f} images/s")
-        self.interval, self.logged_at = Meter(), now
-
-    def _write_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        means = self.epoch_mean.means()
-        self._write("epoch", {"epoch": epoch, "eval": metrics}, means)
-        shown = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
-        self.display.note(f"epoch {epoch}: training loss {means['loss']:.4f}{shown}", keep=True)
-
-    def _write(self, kind: str, line: dict[str, Any], means: dict[str, float]) -> None:
-        """Append a line: scalars by name, and threshold and density of each sparse core."""
-        if self.log is None:
-            return
-        density = {name.removeprefix("density/"): v for name, v in means.items() if name.startswith("density/")}
-        scalars = {name: value for name, value in means.items() if not name.startswith("density/")}
-        threshold = {name: float(core.threshold) for name, core in self.sparse_cores.items()}
-        sparse = {"threshold": threshold, "density": density} if self.sparse_cores else {}
-        self.log.write({"kind": kind, "step": self.step, **line, **scalars, **sparse})
-
-    # --- checkpoints ---
+        return learning_rate(step, self.total_steps, warmup, self.config.lr, self.config.min_lr)
 
     def _maybe_checkpoint(self) -> None:
         # The clock and the signals of processes differ, so many agree now and then, and one alone at every step.
@@ -247,7 +195,6 @@ class Trainer:
             return
         due = time.monotonic() - self.saved_at >= self.config.checkpoint_every_s
         if self._any_process(due or self.interruption.requested):
-            self._flush()
             self._checkpoint()
             self._stop_if_interrupted()
 
@@ -261,6 +208,8 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def _checkpoint(self) -> None:
+        # First, for it notices a loss that is not finite: weights behind it are never written.
+        self.recorder.flush(self.step)
         if self.accelerator.is_main_process:
             tensors = {
                 "model": self.model.state_dict(),
@@ -269,8 +218,7 @@ class Trainer:
             }
             scaler = self.accelerator.scaler
             state = {
-                "interval": self.interval.state(),
-                "epoch_mean": self.epoch_mean.state(),
+                "recorder": self.recorder.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoints.save(self.folder.checkpoints, Checkpoint(self.step, tensors, state))
@@ -279,7 +227,6 @@ class Trainer:
 
     def _restore(self) -> None:
         found = checkpoints.load_latest(self.folder.checkpoints)
-        self.restored_step = 0 if found is None else found.step
         if found is None:
             return
         self.step = found.step
@@ -290,7 +237,7 @@ class Trainer:
         load_state_tensors(self.optimizer.optimizer, self.model, found.tensors["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        self.interval, self.epoch_mean = Meter(**found.state["interval"]), Meter(**found.state["epoch_mean"])
+        self.recorder.restore(found.state["recorder"])
         self.accelerator.print(f"resuming at step {self.step} of {self.total_steps}")
 
     def _finish(self) -> None:
@@ -312,15 +259,15 @@ def _accelerator(config: TrainConfig, task: Task) -> Accelerator:
         raise InputError(f"amp={config.amp!r} does not work here: {error}") from error
 
 
-def _limited(dataset: Dataset[Any], config: TrainConfig) -> Dataset[Any]:
-    size = len(dataset)  # type: ignore[arg-type]
+def _limited(dataset: SizedDataset, config: TrainConfig) -> SizedDataset:
+    size = len(dataset)
     if config.limit_train is None or config.limit_train >= size:
         return dataset
     # A stream of its own, apart from the epochs'.
-    return Subset(dataset, sorted(permutation(size, config.seed, 1 << 32)[: config.limit_train]))
+    return Subset(cast(Any, dataset), sorted(permutation(size, config.seed, 1 << 32)[: config.limit_train]))
 
 
-def _steps_per_epoch(num_images: int, config: TrainConfig, num_processes: int) -> int:
+def _check_batches(num_images: int, config: TrainConfig, num_processes: int) -> None:
     if config.batch_size > num_images:
         raise InputError(f"batch_size {config.batch_size} is more than the {num_images} training images")
     share, left = divmod(config.batch_size, num_processes)
@@ -328,4 +275,3 @@ def _steps_per_epoch(num_images: int, config: TrainConfig, num_processes: int) -
         raise InputError(f"batch_size {config.batch_size} must be a multiple of the {num_processes} processes")
     if (config.mixup or config.cutmix) and share % 2:
         raise InputError(f"mixup and cutmix pair images: batch_size {config.batch_size} per process must be even")
-    return num_images // config.batch_size

@@ -43,10 +43,10 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False) -> None:
+        self._writer = _summary_writer(folder / "tensorboard", step) if tensorboard else None
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= step] if step else []
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writer = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Append `line`, which holds at least "kind" and "step"."""
@@ -138,4 +138,4 @@ def _summary_writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (an optional extra)
     except ImportError as error:
         raise InputError("tensorboard=True needs TensorBoard: pip install 'vitrify[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1)

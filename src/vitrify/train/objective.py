@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,19 +57,21 @@ def unfused_softmax(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointed_blocks(model: nn.Module, enabled: bool) -> Iterator[None]:
+def checkpointed_blocks(model: Any, enabled: bool) -> Iterator[None]:
     """Recompute the blocks in the backward pass for a while. Raises InputError if the model cannot."""
     if not enabled:
         yield
         return
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
-        yield
-        model.set_grad_checkpointing(False)
+        disable = partial(model.set_grad_checkpointing, False)
     elif hasattr(model, "gradient_checkpointing_enable"):
         # The re-entrant kind hides the blocks' features from autograd.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        yield
-        model.gradient_checkpointing_disable()
+        disable = model.gradient_checkpointing_disable
     else:
         raise InputError(f"{type(model).__name__} has no gradient checkpointing: grad_checkpointing must be False")
+    try:
+        yield
+    finally:
+        disable()

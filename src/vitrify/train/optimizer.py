@@ -27,7 +27,8 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
     """
     listed = getattr(model, "no_weight_decay", None)
     exempt: set[str] = set(listed()) if callable(listed) else set()
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vitrify.errors import InputError
 from vitrify.nn.cores import TaylorSparse
 
 # The rising threshold, as shares of the training: softmax, then the rise, then Taylor alone.
@@ -46,15 +47,19 @@ class RisingThreshold:
 
     A hook on the core sees how many keys there are, so images of any size get their own T n, and nothing has to be
     stored to resume. Use as a context manager; the hooks go when it ends.
+
+    Raises InputError if the model has no sparse core beside a Taylor part: there is nothing that could rise.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.progress = 0.0
-        self._cores = {name: module for name, module in model.named_modules() if isinstance(module, TaylorSparse)}
+        self._cores = [m for m in model.modules() if isinstance(m, TaylorSparse) and m.low_rank]
+        if not self._cores:
+            raise InputError("threshold_schedule='rising' needs a model converted with a 'taylor_sparse' core")
         self._handles: list[Any] = []
 
     def __enter__(self) -> RisingThreshold:
-        self._handles = [core.register_forward_pre_hook(self._set, with_kwargs=True) for core in self._cores.values()]
+        self._handles = [core.register_forward_pre_hook(self._set, with_kwargs=True) for core in self._cores]
         return self
 
     def __exit__(self, *_: object) -> None:

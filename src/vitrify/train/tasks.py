@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from vitrify.data.deterministic import SizedDataset
 from vitrify.errors import InputError
 from vitrify.train.config import TrainConfig
 from vitrify.train.features import BlockFeatures, converted_blocks, cosine, encode, feature_loss, logits_of
@@ -28,8 +28,8 @@ class Task(ABC):
         partial: the loss leaves some parameters without gradient (a head that it never runs).
     """
 
-    train_dataset: Dataset[Any]
-    eval_dataset: Dataset[Any] | None
+    train_dataset: SizedDataset
+    eval_dataset: SizedDataset | None
     needs_teacher = False
     partial = False
 
@@ -72,7 +72,7 @@ class LabelsTask(Task):
     """Classification: cross-entropy with label smoothing, and with timm's mixup and cutmix if their alphas say so."""
 
     def __init__(
-        self, config: TrainConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None = None
+        self, config: TrainConfig, train_dataset: SizedDataset, eval_dataset: SizedDataset | None = None
     ) -> None:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self._smoothing = config.label_smoothing
@@ -89,7 +89,7 @@ class LabelsTask(Task):
             )
         self._require_labels(train_dataset, config)
 
-    def _require_labels(self, dataset: Dataset[Any], config: TrainConfig) -> None:
+    def _require_labels(self, dataset: SizedDataset, config: TrainConfig) -> None:
         if not getattr(dataset, "labelled", True):
             raise InputError(f"objective {config.objective!r} needs labels, which these images lack: use 'features'")
 
@@ -133,13 +133,13 @@ class DistillTask(LabelsTask):
     needs_teacher = True
 
     def __init__(
-        self, config: TrainConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None = None
+        self, config: TrainConfig, train_dataset: SizedDataset, eval_dataset: SizedDataset | None = None
     ) -> None:
         super().__init__(config, train_dataset, eval_dataset)
         self._alpha = config.distill_alpha
         self._features_weight = config.distill_features_weight
 
-    def _require_labels(self, dataset: Dataset[Any], config: TrainConfig) -> None:
+    def _require_labels(self, dataset: SizedDataset, config: TrainConfig) -> None:
         if config.distill_alpha < 1:
             super()._require_labels(dataset, config)
 
@@ -175,7 +175,7 @@ class FeaturesTask(Task):
     partial = True
 
     def __init__(
-        self, config: TrainConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None = None
+        self, config: TrainConfig, train_dataset: SizedDataset, eval_dataset: SizedDataset | None = None
     ) -> None:
         del config  # the same signature as every task; nothing in it bears on this one
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -211,7 +211,7 @@ class FeaturesTask(Task):
 _TASKS = {"labels": LabelsTask, "distill": DistillTask, "features": FeaturesTask}
 
 
-def make_task(config: TrainConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None = None) -> Task:
+def make_task(config: TrainConfig, train_dataset: SizedDataset, eval_dataset: SizedDataset | None = None) -> Task:
     """Return the task of `config.objective`. Items of the data sets are (image tensor (C, H, W), label)."""
     return _TASKS[config.objective](config, train_dataset, eval_dataset)
 
