@@ -124,8 +124,8 @@ def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
             actual = adapter.forward(copy, *args, **kwargs)
     except Exception as error:  # whatever a changed source class may raise is a reason to leave the module alone
         return f"a trial run failed: {type(error).__name__}: {error}"
-    pairs = zip(_tensors(expected), _tensors(actual), strict=True)
-    if all(torch.equal(a, b) for a, b in pairs):
+    before, after = _tensors(expected), _tensors(actual)
+    if len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         return None
     return "the adapter does not reproduce this module's output: its class may have changed since it was written"
 
