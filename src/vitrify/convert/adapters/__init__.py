@@ -19,6 +19,12 @@ _ADAPTERS = {
     "timm.layers.attention.Attention": ("timm_vit", "ViTAttention"),
     "timm.models.vision_transformer.Attention": ("timm_vit", "ViTAttention"),
     "timm.models.pvt_v2.Attention": ("timm_pvt", "PVTAttention"),
+    "timm.models.levit.Attention": ("timm_levit", "LeViTAttention"),
+    "timm.models.levit.AttentionDownsample": ("timm_levit", "LeViTAttentionDownsample"),
+    "transformers.models.vit.modeling_vit.ViTAttention": ("hf", "HFViTAttention"),
+    "transformers.models.deit.modeling_deit.DeiTAttention": ("hf", "HFDeiTAttention"),
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention": ("hf", "HFDinov2Attention"),
+    "transformers.models.siglip.modeling_siglip.SiglipAttention": ("hf", "HFSiglipAttention"),
 }
 
 # Why a class that looks convertible is not. Any other attention class is refused as having no adapter.

@@ -1,13 +1,13 @@
-"""timm's LeViT attentions, in their linear and convolutional layouts: values wider than keys, a bias per relative position.
+"""timm's LeViT attentions, linear and convolutional: values wider than keys, a bias per relative position.
 
-The bias b is fixed once trained. In the Taylor expansion exp(qk + b) ~ 1 + qk + b it becomes a fixed mixing of the tokens,
-(b - mean over keys of b) V / n: see `nn.bias`. It costs Nq Nk Dv per head; `AttentionSpec.bias = "drop"` leaves it out, and
-the parameter `attention_biases` then stays in the state dict without being used.
+The bias b is fixed once trained. In the Taylor expansion exp(qk + b) ~ 1 + qk + b it becomes a fixed mixing of the
+tokens, (b - mean over keys of b) V / n: see `nn.bias`. It costs Nq Nk Dv per head; `AttentionSpec.bias = "drop"` leaves
+it out, and the parameter `attention_biases` then stays in the state dict without being used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class LeViTAdapter(Adapter):
 
     num_heads: int
     scale: float
-    get_attention_biases: Any
+    get_attention_biases: Callable[[torch.device], Tensor]
 
     def attend_biased(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         """Attend over (B, H, N, D) with the bias of this layer; grid: height and width of the keys' tokens."""
@@ -127,5 +127,6 @@ class LeViTAttentionDownsample(LeViTAdapter, AttentionDownsample):  # type: igno
         self, value: Tensor, grid: tuple[int, int, int], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Convolve V on the keys' grid, and read it where the queries are: at every `stride`-th row and column."""
-        out = super().convolve(value, grid, attn_mask, is_causal).unflatten(2, grid[:2])
+        out = super().convolve(value, grid, attn_mask, is_causal)
+        out = out.reshape(*out.shape[:2], grid[0], grid[1], -1)
         return out[:, :, :: self.stride, :: self.stride].flatten(2, 3)
