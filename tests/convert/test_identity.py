@@ -1,4 +1,4 @@
-"""Recipe(attention="softmax") changes nothing, bit for bit: per module, in training too, and in how often it calls what."""
+"""Recipe(attention="softmax") changes nothing: bit for bit, module by module, in training, nor the calls it makes."""
 
 import copy
 
@@ -17,7 +17,7 @@ from vitrify.convert.copies import randomise
 
 PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "num_classes": 5}
 FAMILIES = {
-    "vit": lambda: vit(),
+    "vit": vit,
     "vit-qk-norm": lambda: vit(qk_norm=True, scale_attn_norm=True),
     "vit-registers-layerscale": lambda: vit(reg_tokens=4, init_values=1e-5, no_embed_class=True),
     "vit-parallel": lambda: vit(block_fn=timm.models.vision_transformer.ParallelThingsBlock),
