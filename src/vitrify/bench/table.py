@@ -1,0 +1,52 @@
+"""A benchmark's result as one table for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from vitrify.bench.runner import Result, Row
+
+
+def table(result: Result) -> Table:
+    """Return the rows with their spread, speed-up, verdict, peak memory and floor; refused rows say why."""
+    out = Table(title=f"vitrify bench {result.benchmark}", caption=_caption(result), caption_justify="left")
+    varying = [key for key in result.rows[0].case if len({str(row.case[key]) for row in result.rows}) > 1]
+    for name in [*varying, "contender"]:
+        out.add_column(name)
+    for name in ("median ms", "p10 - p90", "speed-up (p10 - p90)", "verdict", "peak MiB", "floor ms"):
+        out.add_column(name, justify="right")
+    previous = None
+    for row in result.rows:
+        if previous is not None and row.case != previous:
+            out.add_section()
+        previous = row.case
+        out.add_row(
+            *(str(row.case[key]) for key in varying), row.contender, *_cells(row, result.roofline.floor_ms(row.cost))
+        )
+    return out
+
+
+def _cells(row: Row, floor_ms: float) -> tuple[str, ...]:
+    if row.timing is None:
+        return (f"[red]refused[/]: {row.refused}", "", "", "", "", f"{floor_ms:.3g}")
+    speed = row.speedup
+    verdict = {"faster": "green", "slower": "red", "within noise": "yellow"}
+    return (
+        f"{row.timing.median_ms:.3g}",
+        f"{row.timing.p10_ms:.3g} - {row.timing.p90_ms:.3g}",
+        f"{speed.ratio:.2f}x ({speed.p10:.2f} - {speed.p90:.2f})" if speed else "",
+        f"[{verdict[speed.verdict]}]{speed.verdict}[/]" if speed else "",
+        f"{row.peak_mib:.1f}" if row.peak_mib is not None else "",
+        f"{floor_ms:.3g}",
+    )
+
+
+def _caption(result: Result) -> str:
+    limits = result.roofline
+    fixed = {k: v for k, v in result.rows[0].case.items() if len({str(row.case[k]) for row in result.rows}) == 1}
+    return (
+        f"{', '.join(f'{key} {value}' for key, value in fixed.items())}. Every timed output was checked first. "
+        f"Speed-up: median of paired rounds; verdict by its 95 % interval. Memory: {result.memory_method}. "
+        f"Floor: {limits.bandwidth_gb_s:.1f} GB/s, {limits.peak_gflop_s:.0f} GFLOP/s ({limits.dtype}), measured.\n"
+        f"{result.machine}"
+    )

@@ -1,0 +1,135 @@
+"""The measurements as figures: accuracy, latency over tokens, training, and the logits of the paper's Fig. 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitrify.report.capture import LogitHistogram
+from vitrify.report.figures import GREY, INK, RIGHT, SOFTMAX, TAYLOR, new_figure, style
+
+LOGITS, CENTRED = "logits q·k / √d", "with centred keys, q·(k - mean k) / √d"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Median latencies in milliseconds at growing numbers of tokens, with the 10th and 90th percentile of each."""
+
+    tokens: Sequence[int]
+    median_ms: Sequence[float]
+    p10_ms: Sequence[float]
+    p90_ms: Sequence[float]
+
+
+def accuracy_bars(accuracies: Mapping[str, float], errors: Mapping[str, float]) -> Figure:
+    """Draw one bar per name: accuracy in percent, with an error bar of the given half-width in points."""
+    names = list(accuracies)
+    with style():
+        figure = new_figure(7.5, 0.55 * len(names) + 0.7)
+        axes = figure.add_subplot()
+        colours = [SOFTMAX if "softmax" in name.lower() else TAYLOR for name in names]
+        values = [accuracies[name] for name in names]
+        spread = [errors[name] for name in names]
+        axes.barh(names, values, xerr=spread, color=colours, height=0.62, error_kw={"ecolor": INK, "elinewidth": 1.2})
+        for index, (value, margin) in enumerate(zip(values, spread, strict=True)):
+            axes.text(min(value + margin, 100) + 1, index, f"{value:.1f} %", va="center")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("accuracy, %")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    return figure
+
+
+def latency_curves(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """Draw one log-log panel per title, a line for each of "softmax" and "Taylor", spread shaded, ratio written."""
+    with style():
+        figure = new_figure(4.6 * len(panels), 3.8)
+        for index, (title, curves) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), index + 1)
+            for name, curve in curves.items():
+                colour = SOFTMAX if name == "softmax" else TAYLOR
+                axes.plot(curve.tokens, curve.median_ms, marker="o", markersize=4.5, color=colour, label=name)
+                axes.fill_between(curve.tokens, curve.p10_ms, curve.p90_ms, color=colour, alpha=0.22, linewidth=0)
+            _write_ratios(axes, curves["softmax"], curves["Taylor"])
+            axes.set_title(title, loc="left")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(curves["softmax"].tokens, [f"{n:,}" for n in curves["softmax"].tokens])
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
+            axes.margins(x=0.1, y=0.16)
+            axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+            axes.set_xlabel("tokens")
+            axes.set_ylabel("latency, ms (lower is better)")
+            axes.legend(loc="upper left")
+    return figure
+
+
+def _write_ratios(axes: Axes, softmax: Curve, taylor: Curve) -> None:
+    for tokens, slow, fast in zip(softmax.tokens, softmax.median_ms, taylor.median_ms, strict=True):
+        axes.annotate(
+            f"{slow / fast:.1f}x",
+            (tokens, min(slow, fast)),
+            xytext=(0, -15),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+
+
+def training_curve(
+    steps: Sequence[int], losses: Sequence[float], evaluations: Mapping[int, float], softmax_accuracy: float
+) -> Figure:
+    """Draw the training loss over steps, and beside it the accuracy in percent at the evaluated steps."""
+    with style():
+        figure = new_figure(9.2, 3.2)
+        left, right = figure.subplots(1, 2)
+        left.plot(steps, losses, color=TAYLOR)
+        left.set_ylabel("training loss")
+        right.axhline(softmax_accuracy, color=SOFTMAX, linestyle="--", linewidth=1.5, label="softmax, original")
+        right.plot(
+            list(evaluations), list(evaluations.values()), color=TAYLOR, marker="o", markersize=4.5, label="Taylor"
+        )
+        right.set_ylabel("accuracy, %")
+        right.legend(loc="lower right")
+        for axes in (left, right):
+            axes.set_xlabel("optimiser step")
+            axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+    return figure
+
+
+def logit_distributions(histograms: Sequence[LogitHistogram]) -> Figure:
+    """Draw, per attention core, the density of the logits before and after centring, with [-1, 1) shaded."""
+    columns = min(len(histograms), 4)
+    rows = -(-len(histograms) // columns)
+    with style():
+        figure = new_figure(2.55 * columns, 2.35 * rows + 0.35)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+        for axes in grid.flat[len(histograms) :]:
+            axes.set_visible(False)
+        for axes, histogram in zip(grid.flat, histograms, strict=False):
+            centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
+            axes.axvspan(-1, 1, color=RIGHT, alpha=0.13, linewidth=0)
+            axes.fill_between(centres, histogram.raw, step="mid", color=GREY, alpha=0.55, linewidth=0, label=LOGITS)
+            axes.step(
+                centres,
+                histogram.centred,
+                where="mid",
+                color=TAYLOR,
+                linewidth=1.6,
+                label=CENTRED,
+            )
+            axes.set_title(
+                f"{histogram.name}\n{histogram.raw_share:.0%} → {histogram.centred_share:.0%} in [-1, 1)", loc="left"
+            )
+            axes.set_yticks([])
+            axes.set_ylim(bottom=0)
+            axes.spines["left"].set_visible(False)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
