@@ -20,7 +20,7 @@ class AffineState(NamedTuple):
 
 
 def select(keep: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Return key and value with padded tokens set to 0, and n, the number of valid keys (a tensor (B, 1, 1, 1) if masked).
+    """Return key and value with padded tokens set to 0, and n, the number of valid keys: (B, 1, 1, 1) if masked.
 
     Set rather than multiplied, so that NaN in padding stays there; n >= 1 makes a fully masked image give 0, not 0/0.
     """

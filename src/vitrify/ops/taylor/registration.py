@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrify.ops.taylor import aten
+from vitrify.ops.taylor import aten, cpu
 from vitrify.ops.taylor.reference import AffineState
 
 
@@ -26,7 +26,16 @@ def taylor_attention_op(
     """
     with without_autocast(query):
         out, state = aten.forward(query, key, value, keep, scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), *state
+    return merge_order(out), *state
+
+
+@taylor_attention_op.register_kernel("cpu")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with without_autocast(query):
+        out, state = cpu.forward(query, key, value, keep, scale)
+    return out, *state
 
 
 @taylor_attention_op.register_fake
@@ -37,7 +46,7 @@ def _(
     value_dim = value.shape[3]
     dtype = aten.accumulate_dtype(query.dtype)
     return (
-        tokens_first(query, batch, queries, heads, value_dim),
+        cpu.tokens_first(query, batch, queries, heads, value_dim),
         query.new_empty(batch, heads, dim, value_dim, dtype=dtype),
         query.new_empty(batch, heads, 1, dim, dtype=dtype),
         query.new_empty(batch, heads, 1, value_dim, dtype=dtype),
@@ -59,8 +68,24 @@ def taylor_attention_backward_op(
     """Gradients of `out` with respect to query, key and value, each a transposed view of (B, N, H, D)."""
     with without_autocast(query):
         grads = aten.backward(grad, query, key, value, keep, scale, AffineState(M, kbar, vbar))
-    d_query, d_key, d_value = (g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)
+    d_query, d_key, d_value = map(merge_order, grads)
     return d_query, d_key, d_value
+
+
+@taylor_attention_backward_op.register_kernel("cpu")
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    M: Tensor,
+    kbar: Tensor,
+    vbar: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(query):
+        return cpu.backward(grad, query, key, value, keep, scale, AffineState(M, kbar, vbar))
 
 
 @taylor_attention_backward_op.register_fake
@@ -76,7 +101,7 @@ def _(
     vbar: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (
-        tokens_first(t, t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value)
+        cpu.tokens_first(t, t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value)
     )
     return d_query, d_key, d_value
 
@@ -98,9 +123,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor
 taylor_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def tokens_first(like: Tensor, batch: int, tokens: int, heads: int, dim: int) -> Tensor:
-    """Return an empty (B, H, N, D) whose memory is laid out as (B, N, H, D), in the dtype of `like`."""
-    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+def merge_order(x: Tensor) -> Tensor:
+    """Return (B, H, N, D) in memory order (B, N, H, D), so that merging the heads copies nothing."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -33,7 +33,7 @@ def predict(
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return floats with integer values, at most 2^(bits-1) - 1 in size, and the step (B, H, 1, 1): x ~ integer * step."""
+    """Return floats with integer values up to 2^(bits-1) - 1 and the step (B, H, 1, 1): x ~ integer * step."""
     top = 2 ** (bits - 1) - 1
     step = x.abs().amax((-2, -1), keepdim=True) / top
     # An all-zero head has step 0; its integers are 0 for any divisor.
