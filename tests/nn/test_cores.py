@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrify.errors import InputError, UnsupportedError
@@ -220,12 +221,14 @@ def test_compiles_whole_and_records_density(train, low_rank):
     expected = core(q, k, v, scale=SCALE)
     density = core.density.clone()
     core.density.fill_(float("nan"))
-    compiled = torch.compile(core, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(core, fullgraph=True, backend=counter)
     torch.testing.assert_close(compiled(q, k, v, scale=SCALE), expected)
     assert torch.equal(core.density, density) if train else core.density.isnan()
     core.set_threshold(0.0)
     if train:  # the threshold is read when the graph runs, not when it is traced
         torch.testing.assert_close(compiled(q, k, v, scale=SCALE), softmax_of(q, k, v))
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("core", [Taylor(), TaylorSparse(0.15), TaylorSparse(0.15, low_rank=False)], ids=repr)

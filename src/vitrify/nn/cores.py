@@ -208,6 +208,8 @@ class TaylorSparse(Taylor):
         if not threshold >= 0:
             raise InputError(f"threshold must be a probability, or above 1 to keep nothing, not {threshold}")
         self._threshold = float(threshold)
+        # What forward branches on: compiled code is rebuilt when this changes, not at each new threshold.
+        self._keeps_nothing = threshold > 1
         self.threshold.fill_(self._threshold)
 
     def forward(
@@ -224,7 +226,7 @@ class TaylorSparse(Taylor):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend; shapes at the top of this file. Raises UnsupportedError as Taylor does."""
-        if self.low_rank and (not self.training or self._threshold > 1):
+        if self.low_rank and (not self.training or self._keeps_nothing):
             if self.training:
                 self.density.zero_()
             return super().forward(
