@@ -17,6 +17,7 @@ from vitrify.artefact.atomic import replacing
 from vitrify.artefact.builders import describe, rebuild
 from vitrify.artefact.checkpoints import mismatch, read_safetensors
 from vitrify.convert import Recipe, convert_
+from vitrify.convert.adapters.base import Adapter
 from vitrify.errors import InputError
 
 FORMAT = "vitrify-artefact"
@@ -37,7 +38,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     model = _unwrapped(model)
     conversion = getattr(model, "_vitrify", None)
-    builder = _builder(model, set(conversion.applied) if conversion else set())
+    builder = _builder(model, {name for name, module in model.named_modules() if isinstance(module, Adapter)})
     if builder["library"] == "caller":
         warnings.warn(
             f"{path}: only `vitrify.load(path, model=...)` will read this artefact, since {builder['reason']}",

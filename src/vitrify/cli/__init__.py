@@ -16,11 +16,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-import vitrify
-import vitrify.cli.convert
-import vitrify.cli.eval
-import vitrify.cli.finetune
-import vitrify.cli.recipes
+from vitrify import __version__
+from vitrify.cli import convert, finetune, recipes
+from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
 app = typer.Typer(
@@ -39,7 +37,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"vitrify {vitrify.__version__}")
+        typer.echo(f"vitrify {__version__}")
         raise typer.Exit
 
 
@@ -52,10 +50,10 @@ def _vitrify(
     """Turn a pre-trained Vision Transformer into one that multiplies less, fine-tune it, and measure the gain."""
 
 
-app.command("convert", epilog=vitrify.cli.convert.EPILOG)(vitrify.cli.convert.convert)
-app.command("finetune", epilog=vitrify.cli.finetune.EPILOG)(vitrify.cli.finetune.finetune)
-app.command("eval", epilog=vitrify.cli.eval.EPILOG)(vitrify.cli.eval.evaluate)
-app.command("recipes", epilog=vitrify.cli.recipes.EPILOG)(vitrify.cli.recipes.recipes)
+app.command("convert", epilog=convert.EPILOG)(convert.convert)
+app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
+app.command("eval", epilog=eval_.EPILOG)(eval_.evaluate)
+app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ class Conversion:
     refused     attention modules that cannot be converted exactly, with the reason
     notes       what else a reader should know, such as costs that could not be checked
     input_size  (channels, height, width) at which costs were compared; None if they were not
-    applied     what each changed module now is, by qualified name
+    applied     what each converted module now is, by qualified name; those of earlier conversions that stand included
     """
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Conversion:
 
     @property
     def resolved(self) -> Recipe:
-        """The recipe module by module: it repeats this conversion whatever the filter and the input size were."""
+        """The recipe module by module: it repeats what the model now is, whatever the filters and input sizes were."""
         return Recipe(self.recipe.name, AttentionSpec(), self.applied, keep_if_costlier=False)
 
     def to_dict(self) -> dict[str, Any]:

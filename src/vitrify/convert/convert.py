@@ -63,6 +63,7 @@ def convert_(
     shapes = _shapes(model, sites, size, conversion) if recipe.keep_if_costlier else {}
     for site in sites:
         _apply(model, site, shapes.get(site.name), conversion)
+    conversion.applied = _left_standing(model, sites, conversion) | conversion.applied
     model._vitrify = conversion  # type: ignore[assignment]  # a plain attribute, which nn.Module's types do not foresee
     return conversion
 
@@ -148,6 +149,15 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
     adopt(site.module, site.adapter, core, site.spec.value_conv, grid)
     conversion.changed.append(site.change(detail))
     conversion.applied[site.name] = site.spec
+
+
+def _left_standing(model: nn.Module, sites: list[_Site], conversion: Conversion) -> dict[str, AttentionSpec]:
+    """Return what an earlier conversion made of the modules that this one did not touch."""
+    earlier = getattr(model, "_vitrify", None)
+    if not isinstance(earlier, Conversion):
+        return {}
+    touched = {site.name for site in sites} - {change.name for change in conversion.refused}
+    return {name: spec for name, spec in earlier.applied.items() if name not in touched}
 
 
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
