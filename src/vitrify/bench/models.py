@@ -50,8 +50,8 @@ def prepare(case: Case) -> Prepared:
 
     example = inputs(0)
     variants: list[tuple[str, nn.Module, Callable[[Tensor], Check]]] = [
-        ("original", original, lambda images: _check_identity(original, identity, images)),
-        (case["recipe"], converted, lambda images: _check_cores(converted, images)),
+        ("original", original, lambda images: check_identity(original, identity, images)),
+        (case["recipe"], converted, lambda images: check_cores(converted, images)),
     ]
     contenders = []
     for name, model, check in variants:
@@ -109,12 +109,13 @@ def _forward(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _check_identity(original: nn.Module, identity: nn.Module, images: Tensor) -> Check:
+def check_identity(original: nn.Module, identity: nn.Module, images: Tensor) -> Check:
+    """Compare a model with its own conversion by the softmax recipe, which must change nothing."""
     own, other = _forward(original)(images), _forward(identity)(images)
     return Check(_relative_error(own, other), 1e-6, "its conversion with the softmax recipe")
 
 
-def _check_cores(model: nn.Module, images: Tensor) -> Check:
+def check_cores(model: nn.Module, images: Tensor) -> Check:
     """Compare every core's output with its float64 value, and return the worst; the model's output must be finite."""
     checks: list[Check] = []
 

@@ -106,16 +106,17 @@ def logit_histograms(
     ]
 
 
-def class_token_maps(weights: Tensor, *, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Return the class token's weights over the patch grid, times the number of keys, so that 1 is uniform attention.
+def weight_maps(weights: Tensor, *, grid: tuple[int, int], num_prefix_tokens: int, query: int | None) -> Tensor:
+    """Return attention over the patch grid, times the number of keys, so that 1 is uniform attention.
 
     Args:
         weights: (batch, heads, tokens, tokens).
         grid: height and width of the patch grid.
         num_prefix_tokens: class, distillation and register tokens before the patches.
+        query: the token whose weights to show (a class token is 0); None averages over all tokens.
 
     Returns:
         (batch, heads, grid height, grid width).
     """
-    row = weights[:, :, 0, num_prefix_tokens:] * weights.shape[-1]
-    return row.reshape(*row.shape[:2], *grid)
+    row = weights.mean(dim=2) if query is None else weights[:, :, query]
+    return (row[..., num_prefix_tokens:] * weights.shape[-1]).reshape(*weights.shape[:2], *grid)
