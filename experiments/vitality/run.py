@@ -122,7 +122,7 @@ def collect(table: dict[str, Any]) -> dict[str, Any]:
             density[seed] = {
                 f"{line['epoch']:.2f}": round(statistics.mean(line["density"].values()), 5)
                 for line in lines
-                if line["kind"] == "train" and "density" in line and line["step"] % 100 == 0
+                if line["kind"] == "train" and "density" in line
             }
         if top1:
             first = command(name, table, 0)
