@@ -35,6 +35,11 @@ def detached_copy(module: M) -> M:
     duplicate = copy.deepcopy(module, memo)
     if any(p.is_meta for p in duplicate.parameters()):
         duplicate.to_empty(device="cpu")
+        for child in duplicate.modules():
+            # timm's way to fill index tables, which `to_empty` leaves at whatever was in memory.
+            refill = getattr(child, "init_non_persistent_buffers", None)
+            if refill is not None:
+                refill()
     return duplicate
 
 
