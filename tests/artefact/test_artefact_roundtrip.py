@@ -69,7 +69,7 @@ def test_bit_for_bit_in_a_new_process(tmp_path):
     torch.save(images, tmp_path / "images.pt")
     save(model, tmp_path / "artefact")
     script = [sys.executable, "-c", READ_BACK, *(str(tmp_path / n) for n in ("artefact", "images.pt", "out.pt"))]
-    subprocess.run(script, check=True, timeout=120, env=os.environ)
+    subprocess.run(script, check=True, env=os.environ)
     assert torch.equal(torch.load(tmp_path / "out.pt"), outputs(model, images))
 
 
@@ -202,7 +202,7 @@ def test_model_of_the_callers_own(tmp_path):
     convert_(model, Recipe("all", "taylor", keep_if_costlier=False))
     with pytest.warns(UserWarning, match="not built by a registered timm name"):
         save(randomised(model), tmp_path / "a")
-    with pytest.raises(vitrify.InputError, match="pass it, `vitrify.load"):
+    with pytest.raises(vitrify.InputError, match="pass it, `vitrify"):
         load(tmp_path / "a")
     fresh = timm.models.vision_transformer.VisionTransformer(**arguments)
     loaded = load(tmp_path / "a", model=fresh)
@@ -255,9 +255,7 @@ def test_hugging_face_folder_without_pooler(tmp_path):
     config = transformers.ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4
     )
-    assert_round_trip(
-        transformers.ViTModel(config, add_pooling_layer=False), tmp_path / "a", torch.randn(1, 3, 32, 32)
-    )
+    assert_round_trip(transformers.ViTModel(config, add_pooling_layer=False), tmp_path / "a", torch.randn(1, 3, 32, 32))
     source = randomised(transformers.ViTModel(config))
     source.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "preprocessor_config.json").write_text(

@@ -17,13 +17,14 @@ import typer
 from rich.console import Console
 
 from vitrify import __version__
-from vitrify.cli import convert, finetune, recipes
+from vitrify.cli import bench, convert, demo, finetune, recipes
 from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
 app = typer.Typer(
     name="vitrify",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,6 +54,8 @@ def _vitrify(
 app.command("convert", epilog=convert.EPILOG)(convert.convert)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.command("eval", epilog=eval_.EPILOG)(eval_.evaluate)
+app.add_typer(bench.app)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)
 
 

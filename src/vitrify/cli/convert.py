@@ -38,6 +38,7 @@ def convert(
     """
     from vitrify import recipes
     from vitrify.artefact import check_target, input_config, save
+    from vitrify.cli.show import print_conversion
     from vitrify.convert import convert_
 
     check_target(output)
@@ -51,7 +52,7 @@ def convert(
         in_chans=in_chans,
     )
     conversion = convert_(built, chosen, input_size=input_config(built)["input_size"])
-    typer.echo(str(conversion))
+    print_conversion(conversion)
     if not conversion.changed:
         raise InputError(f"recipe {chosen.name!r} changed nothing in {model}: nothing was written")
     save(built, output)

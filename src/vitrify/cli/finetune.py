@@ -148,6 +148,7 @@ def prepare(
     from vitrify import recipes
     from vitrify.artefact import input_config
     from vitrify.cli.eval import find_original
+    from vitrify.cli.show import print_conversion
     from vitrify.convert import convert_
 
     student = options.load_model(spec, **wanted)
@@ -160,7 +161,7 @@ def prepare(
     if recipe is not None or not is_converted:
         chosen = recipes.get(recipe or "vitality")
         conversion = convert_(student, chosen, input_size=input_config(student)["input_size"])
-        typer.echo(str(conversion), err=True)
+        print_conversion(conversion, stderr=True)
         if not conversion.changed:
             raise InputError(f"recipe {chosen.name!r} changed nothing in {spec}")
     return student, guide

@@ -59,9 +59,7 @@ def load_model(spec: str, **wanted: Any) -> nn.Module:
         spec = str(run)
     if is_artefact(spec):
         if given := [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value not in (None, False)]:
-            raise InputError(
-                f"{spec} is an artefact, which says itself what {', '.join(given)} would say: leave it out"
-            )
+            raise InputError(f"{spec} is an artefact, which settles {', '.join(given)} itself: leave it out")
         return load(spec)
     if Path(spec).is_dir():
         raise InputError(f"the folder {spec} is not an artefact (a Hugging Face folder is given as hf:{spec})")
