@@ -37,7 +37,6 @@ _REASONS = {
     "timm.layers.diff_attention.DiffAttention": "subtracts two softmax maps, which one Taylor expansion cannot follow",
     "timm.models.cait.TalkingHeadAttn": "mixes the attention maps of its heads before and after softmax",
     "timm.models.cait.ClassAttn": "has the class token as its only query, so softmax is linear in the tokens already",
-    "timm.models.xcit.ClassAttn": "has the class token as its only query, so softmax is linear in the tokens already",
     "timm.models.swin_transformer.WindowAttention": "attends in shifting windows, with a position bias and a mask",
     "timm.models.swin_transformer_v2.WindowAttention": "attends by cosine in shifting windows, with a learned bias",
     "timm.models.eva.EvaAttention": "rotates queries and keys by position; no adapter carries that yet",
