@@ -71,5 +71,7 @@ def prepare(benchmark: str, case: Case) -> Prepared:
     """
     if benchmark not in BENCHMARKS:
         raise unknown("benchmark", benchmark, BENCHMARKS)
+    # Dynamo keeps a few graphs per function and then gives up; each case has its own shapes and wants its own.
+    torch.compiler.reset()
     prepared: Prepared = importlib.import_module(BENCHMARKS[benchmark]).prepare(case)
     return prepared
