@@ -51,8 +51,7 @@ def taylor_attention(
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
     backend = selected_backend() if backend is None else backend
     if backend == "fused":
-        out: Tensor = taylor_attention_op(query, key, value, keep, scale)[0]
-        return out
+        return taylor_attention_op(query, key, value, keep, scale)
     with without_autocast(query):
         if backend == "aten":
             return aten.forward(query, key, value, keep, scale)[0]

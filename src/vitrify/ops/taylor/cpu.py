@@ -1,18 +1,16 @@
 """Taylor attention on the CPU: blocks of tokens that stay in the cache, and no copy of any whole input.
 
-Centring needs a centred copy of K and V before their product. Made at full size it costs more than the product (fresh
-pages, and a trip to memory); made block by block in one reused buffer it costs about a tenth of it. README.md has the
+Centring needs a centred copy of K and V before their product. Made at full size it costs as much as the product itself
+(fresh pages, and a trip to memory); made block by block in one reused buffer it costs a few per cent. README.md has the
 measurements. The same blocks convert float16 and bfloat16 inputs to float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from vitrify.ops.taylor.aten import accumulate_dtype
+from vitrify.ops.taylor import aten
 from vitrify.ops.taylor.reference import AffineState
 
 # Elements of one block over all heads: 1 MiB of float32, so that a block of K and one of V share the L2 caches.
@@ -21,144 +19,112 @@ BLOCK = 2**18
 
 def forward(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, AffineState]:
     """Z = vbar + Q M as (B, H, Nq, Dv) in memory order (B, Nq, H, Dv), and the state for `backward`."""
-    batch, heads, queries, dim = query.shape
-    value_dim = value.shape[3]
-    wide = accumulate_dtype(query.dtype)
-    out = tokens_first(query, batch, queries, heads, value_dim)
-    M = query.new_zeros(batch, heads, dim, value_dim, dtype=wide)
-    kbar = query.new_zeros(batch, heads, 1, dim, dtype=wide)
-    vbar = query.new_zeros(batch, heads, 1, value_dim, dtype=wide)
-    for part, valid in _parts(query, keep):
-        keys, values = _valid(key[part], valid), _valid(value[part], valid)
-        _learn(keys, values, scale, AffineState(M[part], kbar[part], vbar[part]))
-        _apply(query[part], M[part], vbar[part], out[part])
-    return out, AffineState(M, kbar, vbar)
+    if query.numel() == 0:
+        return aten.forward(query, key, value, keep, scale)
+    axis = _axis(query, keep)
+    out = tokens_first(query, query.shape[2], value.shape[3])
+    states = []
+    for i, (q, k, v, z) in enumerate(zip(*(t.unbind(axis) for t in (query, key, value, out)), strict=True)):
+        if keep is None:
+            state = _learn(k, v, scale)
+        else:
+            valid = keep[i].nonzero()[:, 0]
+            state = _learn(k.index_select(1, valid), v.index_select(1, valid), scale)
+        _apply(q, state.M, state.vbar, z)
+        states.append(state)
+    return out, AffineState(*(torch.stack(tensors, axis) for tensors in zip(*states, strict=True)))
 
 
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float, state: AffineState
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed-form gradients (dQ, dK, dV), each (B, H, N, D) in memory order (B, N, H, D)."""
-    d_query, d_key, d_value = (
-        tokens_first(t, t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (query, key, value)
-    )
-    for part, valid in _parts(query, keep):
-        M, kbar, vbar = (tensor[part] for tensor in state)
-        keys, values = _valid(key[part], valid), _valid(value[part], valid)
-        n = max(keys.shape[1], 1)
-        _apply(grad[part], M.mT, None, d_query[part])
-        dM = torch.zeros_like(M)
-        _accumulate(query[part], grad[part], dM)
-        dM *= scale / n
-        mean_grad = grad[part].sum(-2, keepdim=True, dtype=M.dtype) / n
-        if valid is None:
-            _apply(values, dM.mT, None, d_key[part], offset=vbar)
-            _apply(keys, dM, mean_grad, d_value[part], offset=kbar)
-        else:
-            for x, matrix, bias, offset, target in (
-                (values, dM.mT, None, vbar, d_key[part]),
-                (keys, dM, mean_grad, kbar, d_value[part]),
-            ):
-                rows = target.new_empty(keys.shape[0], keys.shape[1], target.shape[2])
-                _apply(x, matrix, bias, rows, offset=offset)
+    axis = _axis(query, keep)
+    d_query, d_key, d_value = (tokens_first(t, t.shape[2], t.shape[3]) for t in (query, key, value))
+    per_part = (t.unbind(axis) for t in (grad, query, key, value, *state, d_query, d_key, d_value))
+    for i, (dz, q, k, v, M, kbar, vbar, dq, dk, dv) in enumerate(zip(*per_part, strict=True)):
+        _apply(dz, M.mT, None, dq)
+        valid = None if keep is None else keep[i].nonzero()[:, 0]
+        n = k.shape[1] if valid is None else max(len(valid), 1)
+        dM = _product(q, dz, M.dtype).mul_(scale / n)
+        mean_dz = dz.sum(-2, keepdim=True, dtype=M.dtype).div_(n)
+        for x, offset, matrix, bias, target in ((v, vbar, dM.mT, None, dk), (k, kbar, dM, mean_dz, dv)):
+            if valid is None:
+                _apply(x, matrix, bias, target, offset)
+            else:
+                rows = target.new_empty(target.shape[0], len(valid), target.shape[2])
+                _apply(x.index_select(1, valid), matrix, bias, rows, offset)
                 target.zero_().index_copy_(1, valid, rows)
     return d_query, d_key, d_value
 
 
-def tokens_first(like: Tensor, batch: int, tokens: int, heads: int, dim: int) -> Tensor:
-    """Return an empty (B, H, N, D) whose memory is laid out as (B, N, H, D), in the dtype of `like`."""
-    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+def tokens_first(like: Tensor, tokens: int, dim: int) -> Tensor:
+    """Return an empty (B, H, tokens, dim) in memory order (B, tokens, H, dim), with B, H and dtype of `like`."""
+    return like.new_empty(like.shape[0], tokens, like.shape[1], dim).transpose(1, 2)
 
 
-Part = tuple[slice | int, ...]
+def _axis(query: Tensor, keep: Tensor | None) -> int:
+    """Return the axis to work along one by one: 0, images, or 1, heads, if there are fewer of them.
 
-
-def _parts(query: Tensor, keep: Tensor | None) -> Iterator[tuple[Part, Tensor | None]]:
-    """Split (B, H) into slices with one stride, which batched products take as they are: by image, or by head if fewer.
-
-    A packed qkv projection has different strides for images and heads; joining the two axes would copy the input.
-    With a mask every image has its own keys: their indices come along.
+    A packed qkv projection has different strides for images and heads: batched products take either axis as it is, and
+    joining the two would copy the input. With a mask every image has its own keys.
     """
-    batch, heads = query.shape[:2]
-    if keep is not None:
-        for b in range(batch):
-            yield (b,), keep[b].nonzero()[:, 0]
-    elif batch <= heads:
-        for b in range(batch):
-            yield (b,), None
-    else:
-        for h in range(heads):
-            yield (slice(None), h), None
+    return 1 if keep is None and query.shape[1] < query.shape[0] else 0
 
 
-def _valid(x: Tensor, valid: Tensor | None) -> Tensor:
-    return x if valid is None else x.index_select(1, valid)
+def _learn(key: Tensor, value: Tensor, scale: float) -> AffineState:
+    """Return M, kbar and vbar of keys (G, n, D) and values (G, n, Dv), all valid; zeros if n is 0."""
+    n, wide = max(key.shape[1], 1), aten.accumulate_dtype(key.dtype)
+    kbar = key.sum(-2, keepdim=True, dtype=wide).div_(n)
+    vbar = value.sum(-2, keepdim=True, dtype=wide).div_(n)
+    return AffineState(_product(key, value, wide, kbar, vbar).mul_(scale / n), kbar, vbar)
 
 
-def _block_tokens(*tensors: Tensor) -> int:
-    return max(64, BLOCK // max(t.shape[0] * t.shape[2] for t in tensors))
-
-
-def _learn(key: Tensor, value: Tensor, scale: float, state: AffineState) -> None:
-    """Fill M, kbar and vbar (all zero before) of one part from its valid keys (G, n, D) and values (G, n, Dv)."""
-    M, kbar, vbar = state
-    n = key.shape[1]
-    if n == 0:
-        return
-    torch.sum(key, -2, keepdim=True, dtype=M.dtype, out=kbar).div_(n)
-    torch.sum(value, -2, keepdim=True, dtype=M.dtype, out=vbar).div_(n)
-    _accumulate(key, value, M, kbar, vbar)
-    M *= scale / n
-
-
-def _accumulate(
-    left: Tensor, right: Tensor, total: Tensor, left_offset: Tensor | None = None, right_offset: Tensor | None = None
-) -> None:
-    """total += (left - left_offset)^T (right - right_offset), over the tokens (axis 1), block by block."""
+def _product(
+    left: Tensor, right: Tensor, wide: torch.dtype, lbar: Tensor | None = None, rbar: Tensor | None = None
+) -> Tensor:
+    """Return (left - lbar)^T (right - rbar), summed over the tokens (axis 1) block by block."""
     step = _block_tokens(left, right)
-    left_buffer, right_buffer = _Buffer(left, step, total.dtype), _Buffer(right, step, total.dtype)
-    for start in range(0, left.shape[1], step):
-        x = left_buffer.load(left[:, start : start + step], left_offset)
-        y = right_buffer.load(right[:, start : start + step], right_offset)
-        total.baddbmm_(x.mT, y)
+    left_buffer, right_buffer = _buffer(left, step, wide, lbar), _buffer(right, step, wide, rbar)
+    total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=wide)
+    for x, y in zip(_blocks(left, step), _blocks(right, step), strict=True):
+        total.baddbmm_(_load(x, lbar, left_buffer).mT, _load(y, rbar, right_buffer))
+    return total
 
 
 def _apply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor, offset: Tensor | None = None) -> None:
-    """out = bias + (x - offset) matrix, block by block; `out` may have a narrower dtype than `matrix`."""
+    """out = bias + (x - offset) matrix, block by block; x and out may be narrower than `matrix`."""
     step = _block_tokens(x, out)
-    buffer, result = _Buffer(x, step, matrix.dtype), _Buffer(out, step, matrix.dtype)
-    for start in range(0, x.shape[1], step):
-        block = buffer.load(x[:, start : start + step], offset)
-        target = out[:, start : start + step]
-        product = result.view_for(target)
+    x_buffer, out_buffer = _buffer(x, step, matrix.dtype, offset), _buffer(out, step, matrix.dtype)
+    for source, target in zip(_blocks(x, step), _blocks(out, step), strict=True):
+        block = _load(source, offset, x_buffer)
+        product = target if out_buffer is None else out_buffer[:, : target.shape[1]]
         if bias is None:
             torch.bmm(block, matrix, out=product)
         else:
             torch.baddbmm(bias, block, matrix, out=product)
-        if product is not target:
+        if out_buffer is not None:
             target.copy_(product)
 
 
-class _Buffer:
-    """One block's worth of memory in the sums' dtype, made when first needed and used for every block."""
+def _blocks(x: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    return (x,) if x.shape[1] <= tokens else torch.split(x, tokens, 1)
 
-    def __init__(self, like: Tensor, tokens: int, dtype: torch.dtype) -> None:
-        self.like = like[:, :tokens]
-        self.dtype = dtype
-        self.memory: Tensor | None = None
 
-    def view_for(self, block: Tensor) -> Tensor:
-        """Return memory for `block`: itself if its dtype will do."""
-        return block if block.dtype == self.dtype else self._memory(block)
+def _block_tokens(*tensors: Tensor) -> int:
+    return max(64, BLOCK // max(1, *(t.shape[0] * t.shape[2] for t in tensors)))
 
-    def load(self, block: Tensor, offset: Tensor | None) -> Tensor:
-        """Return block - offset in the sums' dtype; the block itself if there is nothing to do."""
-        if offset is not None:
-            return torch.sub(block, offset, out=self._memory(block))
-        return block if block.dtype == self.dtype else self._memory(block).copy_(block)
 
-    def _memory(self, block: Tensor) -> Tensor:
-        if self.memory is None:
-            # empty_like keeps the order of the input's strides, so that rows of all heads are read as they lie.
-            self.memory = torch.empty_like(self.like, dtype=self.dtype)
-        return self.memory[:, : block.shape[1]]
+def _buffer(x: Tensor, tokens: int, wide: torch.dtype, offset: Tensor | None = None) -> Tensor | None:
+    """Return memory for a block of `x` in dtype `wide`, or None if blocks can be used where they are."""
+    if offset is None and x.dtype == wide:
+        return None
+    # empty_like keeps the order of the input's strides, so that rows of all heads are read as they lie.
+    return torch.empty_like(x[:, :tokens], dtype=wide)
+
+
+def _load(block: Tensor, offset: Tensor | None, buffer: Tensor | None) -> Tensor:
+    if buffer is None:
+        return block
+    memory = buffer[:, : block.shape[1]]
+    return memory.copy_(block) if offset is None else torch.sub(block, offset, out=memory)
