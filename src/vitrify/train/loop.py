@@ -254,9 +254,13 @@ def _accelerator(config: TrainConfig, task: Task) -> Accelerator:
     AcceleratorState._reset_state()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=task.partial)
     try:
-        return Accelerator(mixed_precision=config.amp, kwargs_handlers=[ddp])
+        accelerator = Accelerator(mixed_precision=config.amp, kwargs_handlers=[ddp])
     except ValueError as error:
         raise InputError(f"amp={config.amp!r} does not work here: {error}") from error
+    if config.amp == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would train in float32 and say nothing.
+        raise InputError("amp='fp16' needs a GPU: on a CPU use 'bf16' or 'no'")
+    return accelerator
 
 
 def _limited(dataset: SizedDataset, config: TrainConfig) -> SizedDataset:
