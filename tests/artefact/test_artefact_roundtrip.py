@@ -14,7 +14,7 @@ from torch import nn
 import vitrify
 import vitrify.models
 from vitrify import Recipe, convert_, create_model, load, recipes, save
-from vitrify.artefact import input_config, is_artefact
+from vitrify.artefact import input_config, is_artefact, rebuild_original
 
 torch.set_num_threads(1)
 
@@ -261,7 +261,12 @@ def test_hugging_face_folder_without_pooler(tmp_path):
     (tmp_path / "hf" / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0]})
     )
+    with pytest.raises(vitrify.InputError, match="field of ViTConfig 'hiden_size': did you mean 'hidden_size'"):
+        create_model(f"hf:{tmp_path / 'hf'}", hiden_size=64)
+    assert input_config(create_model(f"hf:{tmp_path / 'hf'}", img_size=48))["input_size"] == (3, 48, 48)
     model = create_model(f"hf:{tmp_path / 'hf'}", pretrained=True)
     assert torch.equal(model.layernorm.weight, source.layernorm.weight)
     loaded = assert_round_trip(model, tmp_path / "b", torch.randn(1, 3, 32, 32))
     assert input_config(loaded)["mean"] == (0.1, 0.2, 0.3)
+    original = rebuild_original(loaded._vitrify_builder)
+    assert torch.equal(original.layernorm.weight, source.layernorm.weight)

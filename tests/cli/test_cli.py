@@ -219,7 +219,7 @@ def test_eval_counts_what_it_skipped(artefact, tmp_path, capsys):
 
 def test_finetune_an_artefact_then_eval_its_run(artefact, tmp_path, capsys):
     run, data = tmp_path / "run", labelled(tmp_path / "data")
-    given = ["finetune", str(artefact), "--data", str(data), "--output", str(run), *QUICK]
+    given = ["finetune", str(artefact), "--data", str(data), "--output", str(run), "--objective", "distill", *QUICK]
     assert main(given) == 0
     assert is_artefact(run / "model")
     assert "top1" in capsys.readouterr().out

@@ -35,23 +35,19 @@ def create_model(
     if pretrained and checkpoint is not None:
         raise InputError("give either pretrained=True or a checkpoint, not both: which weights should be loaded?")
     arguments = {key: value for key, value in kwargs.items() if value is not None}
-    record: dict[str, Any] = {"arguments": arguments}
     if name.startswith(_HF_PREFIX):
-        source = name.removeprefix(_HF_PREFIX)
-        model = hf_models.build(source, arguments, pretrained=pretrained)
-        record = {"source": source}
+        model = hf_models.build(name.removeprefix(_HF_PREFIX), arguments, pretrained=pretrained)
     else:
         model = timm_models.build(name, arguments, pretrained=pretrained)
     if checkpoint is not None:
         checkpoint = Path(checkpoint).resolve()
         load_weights(model, read_checkpoint(checkpoint), checkpoint)
-    # Where the unconverted weights came from, so that `vitrify eval --against original` can find them again.
-    record["weights"] = {
-        "requested": name,
-        "pretrained": pretrained,
-        "checkpoint": str(checkpoint) if checkpoint else None,
+    # With it `save` knows the arguments, and `vitrify eval --against original` finds the unconverted weights again.
+    origin = {"name": name, "arguments": arguments, "pretrained": pretrained}
+    model._vitrify_builder = {  # type: ignore[assignment]
+        "arguments": arguments,
+        "origin": {**origin, "checkpoint": None if checkpoint is None else str(checkpoint)},
     }
-    model._vitrify_builder = record  # type: ignore[assignment]
     return model
 
 
@@ -65,14 +61,14 @@ def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
 
     `converted` names the modules that `convert_` changed: they are compared no further.
     """
-    return hf_models.describe(model) if is_transformers(model) else timm_models.describe(model, converted)
+    return hf_models.describe(model, converted) if is_transformers(model) else timm_models.describe(model, converted)
 
 
 def rebuild(record: Mapping[str, Any]) -> nn.Module:
     """Build the unconverted model of a record, with fresh weights."""
     library = record.get("library")
     if library == "timm":
-        return timm_models.rebuild(_tuples(record))
+        return timm_models.rebuild(record)
     if library == "transformers":
         return hf_models.rebuild(record)
     if library == "caller":
@@ -88,26 +84,14 @@ def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
 
     Raises InputError where the record does not say where those weights came from.
     """
-    weights = record.get("weights") or {}
-    if not weights.get("pretrained") and not weights.get("checkpoint"):
+    origin = record.get("origin") or {}
+    if not origin.get("pretrained") and not origin.get("checkpoint"):
         raise InputError(
             "it is not known where the original weights came from (neither `pretrained` nor a checkpoint was given "
             "when the model was built): give the original itself, an artefact folder or a checkpoint file"
         )
-    arguments = record.get("arguments", {}) if record.get("library") == "timm" else {}
-    return create_model(
-        weights["requested"],
-        pretrained=weights["pretrained"],
-        checkpoint=weights["checkpoint"],
-        **_tuples(arguments),
-    )
-
-
-def _tuples(value: Any) -> Any:
-    """Undo what JSON does to tuples: timm's arguments are never lists."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    settings = {key: origin[key] for key in ("pretrained", "checkpoint")}
+    return create_model(origin["name"], **settings, **origin["arguments"]).eval()
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:

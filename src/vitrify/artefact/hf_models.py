@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from vitrify.errors import InputError, VitrifyError
+from vitrify.artefact.compare import differences
+from vitrify.errors import InputError, VitrifyError, unknown
 
 _INSTALL = "Hugging Face models need the extra `hf`: pip install 'vitrify[hf]'"
+# vitrify speaks timm everywhere; these are the same things in a Hugging Face config.
+_TIMM_NAMES = {"img_size": "image_size", "in_chans": "num_channels", "num_classes": "num_labels"}
 # transformers' own defaults, used where a folder has no preprocessor_config.json.
 _HALF = (0.5, 0.5, 0.5)
 
@@ -37,16 +41,22 @@ def _model_class(name: str) -> Any:
 def build(source: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """Build the model that the `config.json` of a folder (or Hub name) describes; `arguments` override its fields.
 
-    The class is the first of the configuration's `architectures`. Code that comes with a checkpoint is never run.
+    timm's `img_size`, `in_chans` and `num_classes` are understood. The class is the first of `architectures`. Code that
+    comes with a checkpoint is never run.
     """
     transformers = _transformers()
+    fields = {_TIMM_NAMES.get(key, key): value for key, value in arguments.items()}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
+        config, unused = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, return_unused_kwargs=True, **fields
+        )
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"no Hugging Face model at {source!r}: expected a folder with config.json ({reason})"
         ) from error
+    if unused:
+        raise unknown(f"field of {type(config).__name__}", next(iter(unused)), config.to_dict())
     if not config.architectures:
         raise InputError(f"the config.json of {source!r} names no class in `architectures`, for example ViTModel")
     model_class = _model_class(config.architectures[0])
@@ -70,16 +80,18 @@ def _preprocessing(source: str) -> dict[str, Any]:
     return {key: content[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in content}
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return the builder record of a Hugging Face model, whoever built it."""
+def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
+    """Return the builder record of a Hugging Face model, whoever built it.
+
+    It is proved by building the model again without storage; InputError says what differs outside of `converted`.
+    """
     config: Any = model.config
     arguments = {}
     takes_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     if takes_pooler and getattr(model, "pooler", None) is None:
         arguments["add_pooling_layer"] = False
-    record: dict[str, Any] = dict(getattr(model, "_vitrify_builder", None) or {})
-    return {
-        **record,
+    record = {
+        **(getattr(model, "_vitrify_builder", None) or {}),
         "library": "transformers",
         "class": type(model).__name__,
         "arguments": arguments,
@@ -88,6 +100,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "attn_implementation": config._attn_implementation,
         "pretrained_cfg": pretrained_cfg(model),
     }
+    with torch.device("meta"):
+        reference = rebuild(record)
+    if problem := next(differences(model, reference, converted), None):
+        raise InputError(f"building {type(model).__name__} from its config gives another model: {problem}")
+    return record
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:

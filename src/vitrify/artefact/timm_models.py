@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from vitrify.artefact.compare import differences
 from vitrify.errors import InputError, VitrifyError, unknown
 
 # What an artefact keeps of timm's pretrained_cfg: how to prepare an image and name a class, not where to download.
@@ -37,6 +38,7 @@ def build(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) 
     # Importing it registers vitrify's own models with timm.
     import vitrify.models  # noqa: F401, PLC0415
 
+    arguments = _with_tuples(arguments)
     prefixed = name.startswith(("hf-hub:", "local-dir:"))
     if not prefixed and not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise unknown("model", name, timm.list_models())
@@ -47,7 +49,7 @@ def build(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) 
             # Convolutional families (PVT, MobileViT) take any size and so no such argument: only the record needs it.
             rest = {key: value for key, value in arguments.items() if key != "img_size"}
             return _record_size(build(name, rest, pretrained=pretrained), arguments["img_size"])
-        raise InputError(f"cannot build {name!r} with {dict(arguments)}: {error}") from error
+        raise InputError(f"cannot build {name!r} with {arguments}: {error}") from error
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         _refuse(name, arguments, pretrained, error)
     if arguments.get("img_size") is not None:
@@ -141,7 +143,7 @@ def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
     if differing:
         arguments |= differing
         reference = _on_meta(name, arguments)
-    if problem := next(_differences(model, reference, converted), None):
+    if problem := next(differences(model, reference, converted), None):
         raise InputError(f"building {name!r} with {arguments} gives another model: {problem}")
     kept = {key: cfg[key] for key in KEPT_CFG if cfg.get(key) is not None}
     kept["input_size"] = input_size(model)
@@ -153,38 +155,14 @@ def _on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         return build(name, arguments)
 
 
-def _differences(model: nn.Module, reference: nn.Module, converted: set[str]) -> Iterator[str]:
-    """Yield how `model` differs from `reference`: module by module, outside of converted ones, then tensors."""
-
-    def outside(name: str) -> bool:
-        return not any(name == c or name.startswith(f"{c}.") for c in converted)
-
-    ours = {n: m for n, m in model.named_modules() if outside(n)}
-    theirs = {n: m for n, m in reference.named_modules() if outside(n)}
-    for name in ours.keys() ^ theirs.keys():
-        yield f"module {name!r} is only in the {'model' if name in ours else 'rebuilt one'}"
-    for name, module in theirs.items():
-        # Drop-out does nothing in the eval mode that `load` returns, and timm uses Identity at rate 0.
-        if any("Drop" in type(m).__name__ for m in (module, ours[name])):
-            continue
-        if type(ours[name]) is not type(module) or ours[name].extra_repr() != module.extra_repr():
-            yield f"{name!r} is {_brief(ours[name])}, rebuilt {_brief(module)}"
-    mine, rebuilt = model.state_dict(), reference.state_dict()
-    for key, tensor in rebuilt.items():
-        if key in mine and mine[key].shape != tensor.shape:
-            yield f"{key!r} has shape {tuple(mine[key].shape)}, rebuilt {tuple(tensor.shape)}"
-    for key in mine.keys() ^ rebuilt.keys():
-        if outside(key.rpartition(".")[0]):
-            yield f"tensor {key!r} is only in the {'model' if key in mine else 'rebuilt one'}"
-
-
-def _brief(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr()})"
-
-
 def rebuild(record: Mapping[str, Any]) -> nn.Module:
     """Build the model of a record again, with its saved pretrained_cfg and with fresh weights."""
     model = build(record["name"], record.get("arguments", {}))
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    cfg.update(record.get("pretrained_cfg", {}))
+    cfg.update(_with_tuples(record.get("pretrained_cfg", {})))
     return model
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo what JSON does to tuples: timm's arguments and settings are never lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

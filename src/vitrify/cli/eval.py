@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,7 +86,7 @@ def find_original(model: nn.Module, against: str) -> nn.Module:
         return rebuild_original(record)
     if not Path(against).is_file():
         raise InputError(f"--against must be 'original', an artefact folder or a checkpoint file, not {against!r}")
-    original = rebuild(record if "library" in record else describe(copy.deepcopy(model), set()))
+    original = rebuild(record if "library" in record else describe(model, set()))
     load_weights(original, read_checkpoint(against), against)
     return original.eval()
 
@@ -109,6 +108,8 @@ def measure(
     if original is not None:
         from vitrify.train import evaluate_against
 
+        if len(chosen) < 2:
+            raise InputError("comparing neighbours takes at least 2 images")
         neighbours = min(NEIGHBOURS, len(chosen) - 1)
         compared = evaluate_against(original, model, _progress(loader, "comparing"), k=neighbours)
         result["agreement"] = {"k": neighbours, **compared}

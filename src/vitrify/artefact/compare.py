@@ -1,0 +1,40 @@
+"""Whether two models are built alike, whatever their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def differences(model: nn.Module, reference: nn.Module, converted: set[str]) -> Iterator[str]:
+    """Yield how `model` differs from `reference`, which may be on the meta device.
+
+    Outside of the `converted` modules, classes and settings are compared module by module, and tensors by name; shapes
+    are compared everywhere. Values are not.
+    """
+
+    def outside(name: str) -> bool:
+        return not any(name == c or name.startswith(f"{c}.") for c in converted)
+
+    ours = {n: m for n, m in model.named_modules() if outside(n)}
+    theirs = {n: m for n, m in reference.named_modules() if outside(n)}
+    for name in ours.keys() ^ theirs.keys():
+        yield f"module {name!r} is only in the {'model' if name in ours else 'rebuilt one'}"
+    for name, module in theirs.items():
+        # Drop-out does nothing in the eval mode that `load` returns, and timm uses Identity at rate 0.
+        if any("Drop" in type(m).__name__ for m in (module, ours[name])):
+            continue
+        if type(ours[name]) is not type(module) or ours[name].extra_repr() != module.extra_repr():
+            yield f"{name!r} is {_brief(ours[name])}, rebuilt {_brief(module)}"
+    mine, rebuilt = model.state_dict(), reference.state_dict()
+    for key, tensor in rebuilt.items():
+        if key in mine and mine[key].shape != tensor.shape:
+            yield f"{key!r} has shape {tuple(mine[key].shape)}, rebuilt {tuple(tensor.shape)}"
+    for key in mine.keys() ^ rebuilt.keys():
+        if outside(key.rpartition(".")[0]):
+            yield f"tensor {key!r} is only in the {'model' if key in mine else 'rebuilt one'}"
+
+
+def _brief(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
