@@ -109,7 +109,7 @@ def collect(table: dict[str, Any]) -> dict[str, Any]:
     for name, row in table["zero_shot"].items():
         path = RUNS / f"{name}.json"
         if path.exists():
-            rows[name] = {"what": row["what"], "top1": {"none": json.loads(path.read_text())["accuracy"]}}
+            rows[name] = {"what": row["what"], "top1": {"none": json.loads(path.read_text())["accuracy"] / 100}}
     for name, row in table["rows"].items():
         top1, density = {}, {}
         for folder in sorted(RUNS.glob(f"{name}-s*/")):
