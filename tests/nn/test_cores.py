@@ -15,6 +15,12 @@ from vitrify.nn import Softmax, Taylor, TaylorSparse
 SCALE = 0.3
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Each test compiles the same code objects, and Dynamo gives up after eight."""
+    torch.compiler.reset()
+
+
 def tensors(queries=11, keys=7, key_dim=6, value_dim=10, dtype=torch.float64):
     torch.manual_seed(0)
     shapes = (queries, key_dim), (keys, key_dim), (keys, value_dim)
