@@ -49,6 +49,15 @@ def test_blocks_of_timm_families():
     assert converted_blocks(pvt) == [f"stages.{stage}.blocks.{i}" for stage in range(4) for i in range(2)]
 
 
+def test_blocks_of_levit_are_its_attentions_and_its_downsampling_stages():
+    levit = timm.create_model("levit_128s")
+    convert_(levit, TAYLOR)
+    blocks = converted_blocks(levit)
+    assert "stages.0.blocks.0" in blocks
+    assert all(name in dict(levit.named_modules()) for name in blocks)
+    assert {"stages.1", "stages.2"} <= set(blocks)  # their down-sampling comes first
+
+
 def test_a_bare_attention_is_its_own_block():
     model = nn.Module()
     model.encoder = nn.Sequential(nn.Identity(), timm.layers.Attention(16, num_heads=2))
@@ -80,6 +89,31 @@ def test_encode_gives_tokens_and_what_the_model_pools():
     torch.testing.assert_close(pooled, tokens.mean(1))
     with pytest.raises(UnsupportedError, match="Linear has neither"):
         encode(nn.Linear(8, 8), images)
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "ViTForImageClassification"])
+def test_hugging_face_encoders_recover_too(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    model_class = getattr(transformers, name)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    original = model_class(model_class.config_class(**sizes, image_size=8, patch_size=2)).eval()
+    for parameter in original.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    images = torch.randn(2, 3, 8, 8)
+    tokens, pooled = encode(original, images)
+    assert torch.equal(tokens, original.base_model(images).last_hidden_state)
+    assert tokens.shape == (2, 17, 16)
+    assert pooled.shape == (2, 16)
+    model = copy.deepcopy(original)
+    convert_(model, sparse())
+    assert len(converted_blocks(model)) == 2
+    config = quick(objective="features", grad_checkpointing=True, epochs=6, lr=3e-3)
+    task = make_task(config, Blobs(32, labelled=False), Blobs(16, labelled=False))
+    before = task.evaluate(model, DataLoader(task.eval_dataset, batch_size=8), original)
+    finetune(model, task, config, tmp_path, teacher=original)
+    after = read_metrics(tmp_path / "metrics.jsonl")[-1]["eval"]
+    assert 1 - after["token_cosine"] < 0.7 * (1 - before["token_cosine"])
 
 
 def test_feature_loss_is_relative():

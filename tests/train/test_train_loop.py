@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_a_complete_run_is_loaded_and_not_trained_again(tmp_path, capsys):
     before = weights(path)
     again = tiny_vit(seed=5)
     assert train(again, quick(num_workers=1), tmp_path) == path
-    assert "complete" in capsys.readouterr().out
+    assert "complete" in capsys.readouterr().err
     assert_same_bits(weights(path), before)
     assert_same_bits(dict(again.state_dict()), before)
     with pytest.raises(InputError, match=r"lr was 0\.001, is now 0\.01"):
@@ -270,8 +272,32 @@ def test_the_trainer_knows_nothing_of_classes(tmp_path):
     assert lines[0]["eval"] == {"index": pytest.approx((0 + 1 + 2 + 3 + 0 + 1) / 6), "three": 3}
 
 
+def test_tensorboard_gets_every_number_by_name(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    train(tiny_vit(sparse()), quick(tensorboard=True, epochs=1), tmp_path)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1)
+    assert written[-1] == "closed"
+    epoch = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert ("epoch/eval/top1", epoch["eval"]["top1"], 4) in written
+    assert ("epoch/density/blocks.1.attn.core", epoch["density"]["blocks.1.attn.core"], 4) in written
+
+
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"vitrify\[tensorboard\]"):
         train(tiny_vit(), quick(tensorboard=True), tmp_path)

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrify.errors import InputError, UnsupportedError
-from vitrify.nn.cores import Softmax, Taylor, TaylorSparse
-
-_CORES = (Softmax, Taylor, TaylorSparse)
+from vitrify.nn.cores import Core
 
 
 def converted_attention(model: nn.Module) -> dict[str, nn.Module]:
     """Return the attention modules of `model` that `convert_` has given a core, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, "core", None), _CORES)}
+    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, "core", None), Core)}
 
 
 def converted_blocks(model: nn.Module) -> list[str]:

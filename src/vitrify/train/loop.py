@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -67,7 +68,7 @@ def finetune(
     accelerator.wait_for_everyone()
     if folder.is_complete:
         artefact.load(folder.model, model)
-        accelerator.print(f"{folder.path} holds this run, complete: nothing to train")
+        accelerator.print(f"{folder.path} holds this run, complete: nothing to train", file=sys.stderr)
         return folder.model
     Trainer(model, task, config, folder, teacher, accelerator, dataset).fit()
     return folder.model
@@ -238,7 +239,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
         self.recorder.restore(found.state["recorder"])
-        self.accelerator.print(f"resuming at step {self.step} of {self.total_steps}")
+        self.accelerator.print(f"resuming at step {self.step} of {self.total_steps}", file=sys.stderr)
 
     def _finish(self) -> None:
         if self.ema is not None:

@@ -62,13 +62,15 @@ def checkpointed_blocks(model: Any, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    # transformers renamed its pair of methods; the re-entrant kind would hide the blocks' features from autograd.
+    names = [name for name in ("activation", "gradient") if hasattr(model, f"{name}_checkpointing_enable")]
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         disable = partial(model.set_grad_checkpointing, False)
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        # The re-entrant kind hides the blocks' features from autograd.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        disable = model.gradient_checkpointing_disable
+    elif names:
+        prefix = f"{names[0]}_checkpointing"
+        getattr(model, f"{prefix}_enable")(**{f"{prefix}_kwargs": {"use_reentrant": False}})
+        disable = getattr(model, f"{prefix}_disable")
     else:
         raise InputError(f"{type(model).__name__} has no gradient checkpointing: grad_checkpointing must be False")
     try:
