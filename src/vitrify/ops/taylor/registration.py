@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrify.errors import UnsupportedError
 from vitrify.ops.taylor import aten, cpu
 from vitrify.ops.taylor.reference import AffineState
 
@@ -100,7 +101,13 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor
     return *grads, None, None
 
 
+def _no_second_derivative(*_: Any) -> None:
+    # Without this PyTorch would warn and go on with a wrong number.
+    raise UnsupportedError("taylor_attention has no second derivative: backend='aten' has")
+
+
 torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
+torch.library.register_autograd(BACKWARD, _no_second_derivative)
 
 
 def taylor_attention_op(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Tensor:
