@@ -46,6 +46,7 @@ def cuda_peak_mib(run: Callable[[], object], device: torch.device) -> float:
 
 def allocated_peak_mib(run: Callable[[], object]) -> float:
     """Return MiB that torch's CPU allocator holds for `run` at its worst moment, its result included."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own starts and stops on stderr
     run()  # what is allocated once and cached (packed weights, thread pools) is not the call's own
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()

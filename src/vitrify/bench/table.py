@@ -26,18 +26,23 @@ def table(result: Result) -> Table:
     return out
 
 
+def milliseconds(value: float) -> str:
+    """Return `value` to three digits, without an exponent: 0.0123, 4.56, 1,234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cells(row: Row, floor_ms: float) -> tuple[str, ...]:
     if row.timing is None:
-        return (f"[red]refused[/]: {row.refused}", "", "", "", "", f"{floor_ms:.3g}")
+        return (f"[red]refused[/]: {row.refused}", "", "", "", "", milliseconds(floor_ms))
     speed = row.speedup
     verdict = {"faster": "green", "slower": "red", "within noise": "yellow"}
     return (
-        f"{row.timing.median_ms:.3g}",
-        f"{row.timing.p10_ms:.3g} - {row.timing.p90_ms:.3g}",
+        milliseconds(row.timing.median_ms),
+        f"{milliseconds(row.timing.p10_ms)} - {milliseconds(row.timing.p90_ms)}",
         f"{speed.ratio:.2f}x ({speed.p10:.2f} - {speed.p90:.2f})" if speed else "",
         f"[{verdict[speed.verdict]}]{speed.verdict}[/]" if speed else "",
         f"{row.peak_mib:.1f}" if row.peak_mib is not None else "",
-        f"{floor_ms:.3g}",
+        milliseconds(floor_ms),
     )
 
 

@@ -70,9 +70,14 @@ class LogitHistogram:
     raw_share: float
     centred_share: float
 
+    @property
+    def module(self) -> str:
+        """The name of the attention module that owns the core."""
+        return self.name.removesuffix(".core")
+
 
 def logit_histograms(
-    model: nn.Module, batches: Iterable[Tensor], *, limit: float = 6, bins: int = 96
+    model: nn.Module, batches: Iterable[Tensor], *, limit: float = 10, bins: int = 96
 ) -> list[LogitHistogram]:
     """Collect the logits of every core over batches of images: the paper's Fig. 3, with the share of weak attention.
 

@@ -69,9 +69,9 @@ def attention_maps(images: Sequence[Tensor], columns: dict[str, Tensor]) -> Figu
     Args:
         images: each (channels, height, width) in [0, 1].
         columns: title -> maps (images, grid height, grid width), in multiples of uniform attention. The strongest
-            colour is their 98th percentile.
+            colour is their 95th percentile.
     """
-    limit = max(2.0, torch.quantile(torch.cat([maps.flatten() for maps in columns.values()]).abs(), 0.98).item())
+    limit = max(2.0, torch.quantile(torch.cat([maps.flatten() for maps in columns.values()]).abs(), 0.95).item())
     with style():
         figure = new_figure(1.45 * (len(columns) + 1) + 0.6, 1.4 * len(images) + 0.35)
         grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)

@@ -16,12 +16,21 @@ LOGITS, CENTRED = "logits q·k / √d", "with centred keys, q·(k - mean k) / �
 
 @dataclass(frozen=True)
 class Curve:
-    """Median latencies in milliseconds at growing numbers of tokens, with the 10th and 90th percentile of each."""
+    """Latencies in milliseconds at growing numbers of tokens: the median, and the 10th and 90th percentile."""
 
-    tokens: Sequence[int]
     median_ms: Sequence[float]
     p10_ms: Sequence[float]
     p90_ms: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Softmax and Taylor at the same numbers of tokens, and how many times as fast Taylor is at each."""
+
+    tokens: Sequence[int]
+    softmax: Curve
+    taylor: Curve
+    speedups: Sequence[float]
 
 
 def accuracy_bars(accuracies: Mapping[str, float], errors: Mapping[str, float]) -> Figure:
@@ -45,21 +54,23 @@ def accuracy_bars(accuracies: Mapping[str, float], errors: Mapping[str, float]) 
     return figure
 
 
-def latency_curves(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """Draw one log-log panel per title, a line for each of "softmax" and "Taylor", spread shaded, ratio written."""
+def latency_curves(panels: Mapping[str, Comparison]) -> Figure:
+    """Draw one log-log panel per title, a line for softmax and one for Taylor, spread shaded, speed-up written."""
     with style():
         figure = new_figure(4.6 * len(panels), 3.8)
-        for index, (title, curves) in enumerate(panels.items()):
+        for index, (title, comparison) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), index + 1)
-            for name, curve in curves.items():
-                colour = SOFTMAX if name == "softmax" else TAYLOR
-                axes.plot(curve.tokens, curve.median_ms, marker="o", markersize=4.5, color=colour, label=name)
-                axes.fill_between(curve.tokens, curve.p10_ms, curve.p90_ms, color=colour, alpha=0.22, linewidth=0)
-            _write_ratios(axes, curves["softmax"], curves["Taylor"])
+            for name, curve, colour in (
+                ("softmax", comparison.softmax, SOFTMAX),
+                ("Taylor", comparison.taylor, TAYLOR),
+            ):
+                axes.plot(comparison.tokens, curve.median_ms, marker="o", markersize=4.5, color=colour, label=name)
+                axes.fill_between(comparison.tokens, curve.p10_ms, curve.p90_ms, color=colour, alpha=0.22, linewidth=0)
+            _write_speedups(axes, comparison)
             axes.set_title(title, loc="left")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xticks(curves["softmax"].tokens, [f"{n:,}" for n in curves["softmax"].tokens])
+            axes.set_xticks(comparison.tokens, [f"{n:,}" for n in comparison.tokens])
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.minorticks_off()
             axes.margins(x=0.1, y=0.16)
@@ -70,15 +81,11 @@ def latency_curves(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
     return figure
 
 
-def _write_ratios(axes: Axes, softmax: Curve, taylor: Curve) -> None:
-    for tokens, slow, fast in zip(softmax.tokens, softmax.median_ms, taylor.median_ms, strict=True):
+def _write_speedups(axes: Axes, comparison: Comparison) -> None:
+    lower = map(min, comparison.softmax.median_ms, comparison.taylor.median_ms)
+    for tokens, height, ratio in zip(comparison.tokens, lower, comparison.speedups, strict=True):
         axes.annotate(
-            f"{slow / fast:.1f}x",
-            (tokens, min(slow, fast)),
-            xytext=(0, -15),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
+            f"{ratio:.1f}x", (tokens, height), xytext=(0, -15), textcoords="offset points", ha="center", fontsize=9
         )
 
 
@@ -125,7 +132,8 @@ def logit_distributions(histograms: Sequence[LogitHistogram]) -> Figure:
                 label=CENTRED,
             )
             axes.set_title(
-                f"{histogram.name}\n{histogram.raw_share:.0%} → {histogram.centred_share:.0%} in [-1, 1)", loc="left"
+                f"{histogram.module}\n{histogram.raw_share:.0%} → {histogram.centred_share:.0%} in [-1, 1)",
+                loc="left",
             )
             axes.set_yticks([])
             axes.set_ylim(bottom=0)

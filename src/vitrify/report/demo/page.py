@@ -7,11 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from vitrify.bench import Timing
+from vitrify.bench.table import milliseconds
 from vitrify.report import figures, gallery, plots
 from vitrify.report.demo.results import SMALL, Results
 from vitrify.report.html import Fact, Picture, Report, Section, Table
 from vitrify.report.measure import Point
-from vitrify.report.plots import Curve
+from vitrify.report.plots import Comparison, Curve
 
 
 def draw(results: Results) -> dict[str, Figure]:
@@ -33,14 +35,8 @@ def draw(results: Results) -> dict[str, Figure]:
         "predictions": gallery.predictions(results.examples),
         "latency": plots.latency_curves(
             {
-                "one attention core": {
-                    "softmax": _curve(results.points, "core_softmax"),
-                    "Taylor": _curve(results.points, "core_taylor"),
-                },
-                "the whole model": {
-                    "softmax": _curve(results.points, "model_softmax"),
-                    "Taylor": _curve(results.points, "model_taylor"),
-                },
+                "one attention core": _comparison(results.points, "core"),
+                "the whole model": _comparison(results.points, "model"),
             }
         ),
         "attention-heads": gallery.attention_maps(results.map_images, results.head_maps),
@@ -56,7 +52,7 @@ def report(results: Results, drawn: dict[str, Figure]) -> Report:
     softmax_m, taylor_m = (results.multiplications[name] / 1e6 for name in ("softmax", "taylor"))
     memory = last.memory_mib
     return Report(
-        title="From softmax to linear attention, in two minutes",
+        title="From softmax to linear attention: a demonstration",
         lead=f"{SMALL} Everything below was measured by the run that wrote this page.",
         facts=[
             Fact(f"{after.percent:.1f} %", "accuracy, linear attention", f"softmax: {before.percent:.1f} %"),
@@ -66,12 +62,12 @@ def report(results: Results, drawn: dict[str, Figure]) -> Report:
                 f"{softmax_m:.1f} M → {taylor_m:.1f} M per image",
             ),
             Fact(
-                f"{last.core_speedup.ratio:.0f}x faster",
-                f"attention at {last.tokens:,} tokens",
-                f"{first.core_speedup.ratio:.1f}x at {first.tokens}",
+                f"{last.core_speedup.ratio:.1f}x as fast",
+                f"attention core at {last.tokens:,} tokens",
+                f"{first.core_speedup.ratio:.1f}x at {first.tokens}: {first.core_speedup.verdict}",
             ),
             Fact(
-                f"{last.model_speedup.ratio:.1f}x faster",
+                f"{last.model_speedup.ratio:.1f}x as fast",
                 f"whole model at {last.tokens:,} tokens",
                 f"{first.model_speedup.ratio:.2f}x at {first.tokens}: {first.model_speedup.verdict}",
             ),
@@ -88,7 +84,7 @@ def report(results: Results, drawn: dict[str, Figure]) -> Report:
                         drawn["latency"],
                         "Latency of softmax and Taylor attention over the number of tokens, for one core and the model",
                         "Median latency, both axes logarithmic; the band is the 10th to 90th percentile, the number is "
-                        "how many times faster Taylor attention is.",
+                        "how many times as fast Taylor attention is.",
                     ),
                     _latency_table(results.points),
                     Table(
@@ -174,7 +170,7 @@ def _attention(drawn: dict[str, Figure]) -> Section:
 
 def _logits(results: Results, drawn: dict[str, Figure]) -> Section:
     rows = [
-        [raw.name, *(f"{share:.1%}" for h in (raw, tuned) for share in (h.raw_share, h.centred_share))]
+        [raw.module, *(f"{share:.1%}" for h in (raw, tuned) for share in (h.raw_share, h.centred_share))]
         for raw, tuned in zip(results.histograms, results.tuned_histograms, strict=True)
     ]
     return Section(
@@ -204,11 +200,11 @@ def _latency_table(points: Sequence[Point]) -> Table:
         [
             [
                 f"{point.tokens:,}",
-                f"{point.core_softmax.median_ms:.3g}",
-                f"{point.core_taylor.median_ms:.3g}",
+                milliseconds(point.core_softmax.median_ms),
+                milliseconds(point.core_taylor.median_ms),
                 f"{point.core_speedup.ratio:.2f}x",
-                f"{point.model_softmax.median_ms:.3g}",
-                f"{point.model_taylor.median_ms:.3g}",
+                milliseconds(point.model_softmax.median_ms),
+                milliseconds(point.model_taylor.median_ms),
                 f"{point.model_speedup.ratio:.2f}x",
                 point.model_speedup.verdict,
             ]
@@ -218,14 +214,14 @@ def _latency_table(points: Sequence[Point]) -> Table:
     )
 
 
-def _curve(points: Sequence[Point], field: str) -> Curve:
-    timings = [getattr(point, field) for point in points]
-    return Curve(
-        [point.tokens for point in points],
-        [timing.median_ms for timing in timings],
-        [timing.p10_ms for timing in timings],
-        [timing.p90_ms for timing in timings],
-    )
+def _comparison(points: Sequence[Point], part: str) -> Comparison:
+    speedups = [getattr(point, f"{part}_speedup").ratio for point in points]
+    softmax, taylor = (_curve([getattr(point, f"{part}_{kind}") for point in points]) for kind in ("softmax", "taylor"))
+    return Comparison([point.tokens for point in points], softmax, taylor, speedups)
+
+
+def _curve(timings: Sequence[Timing]) -> Curve:
+    return Curve([t.median_ms for t in timings], [t.p10_ms for t in timings], [t.p90_ms for t in timings])
 
 
 def _sizes(points: Sequence[Point]) -> str:

@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
+from rich.console import Group
 from rich.table import Table
 
+from vitrify.bench.table import milliseconds
 from vitrify.report.demo.results import SMALL, Results
 
 
-def summary(results: Results) -> Table:
-    """Return the numbers for the terminal."""
-    first, last = results.points[0], results.points[-1]
-    table = Table(title="what it cost, and what it gained", caption=_caption(results), caption_justify="left")
+def summary(results: Results) -> Group:
+    """Return what to print at the end: two tables that fit 80 columns, and what they were measured on."""
+    return Group(_gains(results), _latencies(results), *_notes(results))
+
+
+def _gains(results: Results) -> Table:
+    table = Table(title="before and after", title_justify="left")
     for name in ("", "softmax", "Taylor", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-    before, zero_shot, after = results.accuracies.values()
-    table.add_row("accuracy, zero-shot", f"{before.percent:.1f} %", f"{zero_shot.percent:.1f} %", "")
-    table.add_row("accuracy, fine-tuned", f"{before.percent:.1f} %", f"[bold]{after.percent:.1f} %[/]", "")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    before, zero_shot, after = (f"{accuracy.percent:.1f} %" for accuracy in results.accuracies.values())
+    table.add_row("accuracy, converted", before, zero_shot, "")
+    table.add_row("accuracy, fine-tuned", before, f"[bold]{after}[/]", "")
     softmax_m, taylor_m = (results.multiplications[name] / 1e6 for name in ("softmax", "taylor"))
-    ratio = f"{softmax_m / taylor_m:.1f}x fewer"
-    table.add_row("multiplications in attention, per image", f"{softmax_m:.2f} M", f"{taylor_m:.2f} M", ratio)
-    for point in (first, last):
-        memory = point.memory_mib
-        table.add_row(
-            f"peak memory of a core, {point.tokens:,} tokens",
-            f"{memory['softmax']:.2f} MiB ({memory['unfused']:.1f} unfused)",
-            f"{memory['taylor']:.2f} MiB",
-            f"{memory['softmax'] / memory['taylor']:.1f}x ({memory['unfused'] / memory['taylor']:.0f}x)",
-        )
-    for point in results.points:
-        for name in ("core", "model"):
-            speed = getattr(point, f"{name}_speedup")
-            table.add_row(
-                f"{'attention core' if name == 'core' else 'whole model'}, {point.tokens:,} tokens",
-                f"{getattr(point, f'{name}_softmax').median_ms:.3g} ms",
-                f"{getattr(point, f'{name}_taylor').median_ms:.3g} ms",
-                f"{speed.ratio:.2f}x, {speed.verdict}",
-            )
+    table.add_row(
+        "attention multiplications", f"{softmax_m:.1f} M", f"{taylor_m:.1f} M", f"{softmax_m / taylor_m:.1f}x fewer"
+    )
+    last = results.points[-1]
+    taylor_mib = last.memory_mib["taylor"]
+    for kind, label in (("unfused", "unfused"), ("softmax", "fused")):
+        mib = last.memory_mib[kind]
+        name = f"core's memory, {last.tokens:,} tokens, {label}"
+        table.add_row(name, f"{mib:.1f} MiB", f"{taylor_mib:.1f} MiB", f"{mib / taylor_mib:.1f}x less")
     return table
 
 
-def _caption(results: Results) -> str:
+def _latencies(results: Results) -> Table:
+    table = Table(title="latency, ms, batch 1 (softmax in PyTorch's fused kernel)", title_justify="left")
+    table.add_column("tokens", justify="right")
+    for part in ("core", "model"):
+        for name in (f"{part}: softmax", "Taylor", "ratio"):
+            table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("model is")
+    for point in results.points:
+        cells = [f"{point.tokens:,}"]
+        for softmax, taylor, speed in (
+            (point.core_softmax, point.core_taylor, point.core_speedup),
+            (point.model_softmax, point.model_taylor, point.model_speedup),
+        ):
+            cells += [milliseconds(softmax.median_ms), milliseconds(taylor.median_ms), f"{speed.ratio:.2f}x"]
+        table.add_row(*cells, point.model_speedup.verdict)
+    return table
+
+
+def _notes(results: Results) -> list[str]:
     margin = max(accuracy.margin for accuracy in results.accuracies.values())
-    return (
-        f"{SMALL}\nAccuracy is good to ±{margin:.1f} points (95 %). Data: {'; '.join(results.data)}.\n"
-        f"Fine-tuned for {results.training_seconds:.0f} s. {results.machine}"
-    )
+    return [
+        SMALL,
+        f"Accuracy is good to ±{margin:.1f} points (95 %). Fine-tuned for {results.training_seconds:.0f} s.",
+        *(f"Data: {source}" for source in results.data),
+        f"Machine: {results.machine}",
+    ]
