@@ -67,7 +67,7 @@ FAMILIES = {
     "pvt_v2_b0": None,
     "pvt_v2_b2_li": None,
     "crossvit_tiny_240": "timm.models.crossvit.CrossAttention",
-    "vit_base_resnet26d_224": None,
+    "vit_small_r26_s32_384": None,
     "xcit_nano_12_p16_224": "timm.models.xcit.XCA",
     "swin_tiny_patch4_window7_224": "timm.models.swin_transformer.WindowAttention",
     "swinv2_tiny_window8_256": "timm.models.swin_transformer_v2.WindowAttention",
