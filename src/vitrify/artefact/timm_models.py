@@ -58,13 +58,13 @@ def build(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) 
 
 
 def _refuse(name: str, arguments: Mapping[str, Any], pretrained: bool, error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if not pretrained:
         raise InputError(f"cannot build {name!r} with {dict(arguments)}: {reason}") from error
     if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
-        raise InputError(f"{reason} Leave out `pretrained`, or give a checkpoint file.") from error
+        raise InputError(f"{reason}. Leave out `pretrained`, or give a checkpoint file.") from error
     raise VitrifyError(
-        f"the pre-trained weights of {name!r} could not be fetched or loaded: {reason}. "
+        f"the pre-trained weights of {name!r} could not be fetched or loaded: {reason.rstrip('.')}. "
         "Without a network, give a file with `checkpoint=` (`--checkpoint`)"
     ) from error
 
