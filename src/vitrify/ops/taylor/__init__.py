@@ -46,7 +46,7 @@ def taylor_attention(
     export), "reference" Algorithm 1 step by step in the inputs' dtype.
 
     Raises InputError (shapes, dtypes, scale, backend) and UnsupportedError (any mask but key padding).
-    ViTALiTy, Algorithm 1; PAPERS.md 1.2.
+    ViTALiTy, Algorithm 1; docs/papers.md 1, 2.
     """
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
     backend = selected_backend() if backend is None else backend
@@ -78,7 +78,7 @@ def taylor_sparse_attention(
     `threshold`: probability (number, or 0-dim tensor); 0 gives softmax attention exactly, above 1 Taylor exactly.
     The mask comes from queries and centred keys rounded to `bits` bits, per image and head, without gradient.
 
-    Raises InputError and UnsupportedError as `taylor_attention` does, and for a bad threshold or bits. PAPERS.md 1.3.
+    Raises InputError and UnsupportedError as `taylor_attention` does, and for a bad threshold or bits. docs/papers.md 3.
     """
     validation.check_predictor(threshold, bits)
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
@@ -137,7 +137,7 @@ def taylor_squares_attention(
     """Taylor attention with the squares of the second-order term: weights ~ 1 + x_ij + scale^2/2 sum_a q_ia^2 k^_ja^2.
 
     Shapes, dtypes, mask and errors as in `taylor_attention`; cost O(n d^2). Rows are divided by their sum, which is at
-    least n. Single weights may be negative, as in first order. After QT-ViT (NeurIPS 2024); PAPERS.md 1.4.
+    least n. Single weights may be negative, as in first order. After QT-ViT (NeurIPS 2024); docs/papers.md 4.
     """
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
     with without_autocast(query):

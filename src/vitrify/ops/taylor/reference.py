@@ -32,7 +32,7 @@ def select(keep: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def algorithm1(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    """Algorithm 1 of ViTALiTy (PAPERS.md 1.2), its six steps in order; (B, H, Nq, Dv). `scale` stands for 1/sqrt(d)."""
+    """Algorithm 1 of ViTALiTy (docs/papers.md 1), its six steps in order; (B, H, Nq, Dv). `scale` stands for 1/sqrt(d)."""
     key, value, n = select(keep, key, value)
     centred = key - key.sum(-2, keepdim=True) / n  # 1: centre the keys over the tokens
     if keep is not None:
@@ -57,7 +57,7 @@ def affine(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale
 def affine_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float, state: AffineState
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The closed-form gradients (dQ, dK, dV) for grad = dZ (B, H, Nq, Dv); PAPERS.md 1.2."""
+    """The closed-form gradients (dQ, dK, dV) for grad = dZ (B, H, Nq, Dv); docs/papers.md 2."""
     M, kbar, vbar = state
     key, value, n = select(keep, key, value)
     dM = query.mT @ grad

@@ -1,4 +1,4 @@
-"""ViTALiTy's sparse training part, and Sanger's sparse softmax; PAPERS.md 1.3. Quadratic in the tokens."""
+"""ViTALiTy's sparse training part, and Sanger's sparse softmax; docs/papers.md 3. Quadratic in the tokens."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def hide(scores: Tensor, keep: Tensor | None) -> Tensor:
 
 def density(mask: Tensor, keep: Tensor | None) -> Tensor:
     """Return the kept share of the valid entries, a 0-dim float32 tensor (0 if no entry is valid)."""
+    kept = mask.count_nonzero()
     if keep is None:
-        return mask.sum() / mask.numel()
-    return mask.sum() / (keep.sum() * (mask.shape[1] * mask.shape[2])).clamp(min=1)
+        return kept / mask.numel()
+    return kept / (keep.sum() * (mask.shape[1] * mask.shape[2])).clamp(min=1)
 
 
 def residual(
@@ -65,9 +66,13 @@ def residual(
     query, key, value = _wide(query, key, value)
     x, centred, n = logits(query, key, keep, scale)
     mask = predict(query, centred, keep, scale, threshold, bits)
-    difference = hide(x, keep).softmax(-1) - (x + 1) / n
+    # Few passes over the n x n entries, forward and backward: in place, and no product with the mask (a conversion).
+    if isinstance(n, Tensor):
+        difference = hide(x, keep).softmax(-1).sub((x + 1) / n)
+    else:
+        difference = torch.add(x.softmax(-1), x, alpha=-1 / n).sub_(1 / n)
     _, value, _ = select(keep, value, value)
-    return (difference * mask) @ value, density(mask, keep)
+    return difference.masked_fill_(~mask, 0) @ value, density(mask, keep)
 
 
 def sparse_softmax(
@@ -83,10 +88,10 @@ def sparse_softmax(
     query, key, value = _wide(query, key, value)
     x, centred, _ = logits(query, key, keep, scale)
     mask = predict(query, centred, keep, scale, threshold, bits)
-    # With the lowest finite number a row without kept entries stays finite; the product with the mask makes it 0.
-    probabilities = x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1) * mask
+    # The lowest finite number gives dropped entries probability 0, and keeps a row without any other finite.
+    probabilities = x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1)
     _, value, _ = select(keep, value, value)
-    return probabilities @ value, density(mask, keep)
+    return (probabilities @ value).masked_fill(~mask.any(-1, keepdim=True), 0), density(mask, keep)
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Taylor attention with QT-ViT's second-order term reduced to its squares; PAPERS.md 1.4. O(n d^2) too."""
+"""Taylor attention with QT-ViT's second-order term reduced to its squares; docs/papers.md 4. O(n d^2) too."""
 
 from __future__ import annotations
 
