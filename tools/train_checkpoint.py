@@ -1,7 +1,7 @@
 """Train the shipped ViT on Fashion-MNIST and write its weights and their record into the package (`make checkpoint`).
 
-Uses the full training set where Debian's package dataset-fashion-mnist is installed. A run that was stopped goes on from
-its last checkpoint when the script is called again.
+Uses the full training set where Debian's package dataset-fashion-mnist is installed. A run that was stopped goes on
+from its last checkpoint when the script is called again.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def main() -> None:
 def lay_out(folder: Path) -> None:
     """Copy the photographs into an image folder: every fifth is held out; also a flat folder without labels."""
     data = Path(str(resources.files("elpv_dataset"))) / "data"
-    for index, row in enumerate(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True)):
+    for index, row in enumerate(
+        csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True)
+    ):
         path, probability = data / row[0], float(row[1])
         split = "val" if index % 5 == 4 else "train"
         places = [folder / "labelled" / split / ("defective" if probability > 0 else "working")]

@@ -48,11 +48,9 @@ def main() -> None:
         RUNS.mkdir(parents=True, exist_ok=True)
         for name, row in table["zero_shot"].items():
             zero_shot(name, row["recipe"], table["common"])
-        commands = {
-            f"{name}-s{seed}": command(name, table, seed) for seed in args.seeds for name in args.rows
-        }
+        commands = {f"{name}-s{seed}": command(name, table, seed) for seed in args.seeds for name in args.rows}
         with ThreadPoolExecutor(args.jobs) as pool:
-            failed = [name for name, ok in zip(commands, pool.map(run, commands, commands.values())) if not ok]
+            failed = [name for name, ok in zip(commands, pool.map(run, commands, commands.values()), strict=True) if not ok]
         if failed:
             print(f"failed: {', '.join(failed)} (see the logs in {RUNS})", file=sys.stderr)
     results = collect(table)
@@ -104,7 +102,7 @@ def zero_shot(name: str, recipe_name: str, common: list[str]) -> None:
 
 
 def collect(table: dict[str, Any]) -> dict[str, Any]:
-    """Return what the runs on disk say: accuracy by seed, the difference to softmax by pairs, densities on the way."""
+    """Return what the runs on disk say: accuracy and paired difference to softmax by seed, densities on the way."""
     rows: dict[str, Any] = {}
     for name, row in table["zero_shot"].items():
         path = RUNS / f"{name}.json"
@@ -130,9 +128,9 @@ def collect(table: dict[str, Any]) -> dict[str, Any]:
             rows[name] = {"what": row["what"], "command": f"vitrify {shlex.join(first)}", "top1": top1}
             if any(density.values()):
                 rows[name]["density"] = density
-    baseline = rows.get("softmax", {}).get("top1", {})
-    for row in rows.values():
-        row["difference"] = difference(row["top1"], baseline)
+    for name, row in rows.items():
+        against = table["rows"].get(name, {}).get("against", "softmax")
+        row["difference"] = difference(row["top1"], rows.get(against, {}).get("top1", {}))
     return {"machine": dataclasses.asdict(describe()), "rows": rows}
 
 

@@ -1,6 +1,7 @@
 """vitrify: turn a pre-trained Vision Transformer into one that multiplies less, then prove and run the result.
 
-The public names load lazily: `import vitrify` costs little more than `import torch` and touches neither timm nor matplotlib.
+The public names load lazily: `import vitrify` costs little more than `import torch`, and touches neither timm nor
+matplotlib.
 
 >>> import timm, vitrify
 >>> model = timm.create_model("deit_tiny_patch16_224")

@@ -1,7 +1,7 @@
 """The errors a user may meet, and how they are worded.
 
-`InputError` means that what the user gave is wrong: the command line exits with 2 and prints the message without a traceback.
-`VitrifyError` means that something else failed: exit code 1.
+`InputError` means that what the user gave is wrong: the command line exits with 2 and prints the message without a
+traceback. `VitrifyError` means that something else failed: exit code 1.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_a_wrong_op_is_refused(monkeypatch):
 
 
 def test_costs_are_those_of_the_paper():
-    # DeiT-Tiny: 12 blocks, 3 heads of 64, 197 tokens (PAPERS 1.2); a multiply-add is two operations.
+    # DeiT-Tiny: 12 blocks, 3 heads of 64, 197 tokens (docs/papers.md 2); a multiply-add is two operations.
     case = {**CASE, "tokens": 197, "heads": 3, "head_dim": 64, "batch_size": 1}
     assert 12 * cost("softmax", case).flops / 2 == pytest.approx(178.83e6, rel=1e-4)
     assert 12 * cost("taylor", case).flops / 2 == pytest.approx(58.25e6, rel=1e-4)

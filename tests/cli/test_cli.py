@@ -257,9 +257,9 @@ def test_interrupted_finetune_says_how_to_go_on(artefact, tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_ctrl_c_for_real(artefact, tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "vitrify", "finetune", str(artefact), "--data", SHIPPED, "--output", str(run)]
-    command += ["--epochs", "1", "--batch-size", "16", "--limit-train", "640", "--checkpoint-every-s", "0"]
+    run, data = tmp_path / "run", labelled(tmp_path / "data")
+    command = [sys.executable, "-m", "vitrify", "finetune", str(artefact), "--data", str(data), "--output", str(run)]
+    command += ["--epochs", "40", "--batch-size", "4", "--checkpoint-every-s", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 300
     while not list(run.glob("checkpoint/step-*")) and time.monotonic() < deadline:

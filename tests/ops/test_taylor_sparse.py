@@ -37,7 +37,7 @@ def case(batch, heads, queries, keys, dim, value_dim, seed, masked):
 
 
 def naive_mask(query, key, keep, scale, threshold, bits):
-    """PAPERS.md 1.3, one image and head at a time, on its valid keys only."""
+    """docs/papers.md 3, one image and head at a time, on its valid keys only."""
     mask = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool)
     top = 2 ** (bits - 1) - 1
     for b in range(query.shape[0]):

@@ -30,7 +30,7 @@ def observe_cores(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def core_multiplications(core: Core, query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Return the multiplications of one call of `core` in eval mode, over the whole batch and all heads (PAPERS 1.2).
+    """Return the multiplications of one call of `core` in eval mode, over batch and heads (docs/papers.md 2).
 
     Shapes: query (batch, heads, queries, d), key (batch, heads, keys, d), value (batch, heads, keys, d_v).
     """

@@ -30,7 +30,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
         key: (batch, heads, keys, head_dim).
         value: (batch, heads, keys, value_dim).
         scale: what the scores are multiplied by.
-        kind: "softmax", or "taylor": weights (1 + scale q.k^) / keys, with keys centred over the tokens (PAPERS 1.3).
+        kind: "softmax", or "taylor": weights (1 + scale q.k^) / keys, keys centred over the tokens (docs/papers.md 1).
 
     Returns:
         (batch, heads, queries, value_dim).

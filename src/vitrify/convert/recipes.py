@@ -12,7 +12,7 @@ from vitrify.errors import InputError, unknown
 def vitality() -> Recipe:
     """ViTALiTy's: low-rank Taylor attention, plus the sparse part while training.
 
-    Threshold 0.5 is recalled, not checked, as the paper's; the released code has 0.002. PAPERS.md 1.3.
+    Threshold 0.5 is recalled, not checked, as the paper's; the released code has 0.002. docs/papers.md 3.
     """
     return Recipe("vitality", AttentionSpec("taylor_sparse", threshold=0.5, bits=4))
 

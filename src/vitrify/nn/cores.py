@@ -127,7 +127,7 @@ class Softmax(Core):
 
 
 class Taylor(Core):
-    """First-order Taylor attention with centred keys, linear in the tokens (ViTALiTy, Algorithm 1; PAPERS.md 1.2).
+    """First-order Taylor attention with centred keys, linear in the tokens (ViTALiTy, Algorithm 1; docs/papers.md 2).
 
     squares  add the squares of the second-order term (QT-ViT); twice the cost, and no bias
     bias     what becomes of a bias on the logits: "carry" adds (b - mean over keys) V / n, the bias's share of the
@@ -181,7 +181,7 @@ class TaylorSparse(Taylor):
     bits       width of the predictor's queries and keys
     low_rank   False drops the Taylor part, in training *and* eval: softmax over the kept entries (Sanger, a baseline)
     `density` (0-dim float32 buffer) holds the kept share of the last training forward; NaN before the first one.
-    With a bias, the predictor sees the logits without it. PAPERS.md 1.3.
+    With a bias, the predictor sees the logits without it. docs/papers.md 3.
     """
 
     threshold: Tensor

@@ -1,6 +1,6 @@
 """The depth-wise convolution on the values, which gives linear attention a sense of place, and the grid it needs.
 
-After FLatten (ICCV 2023), where it is worth 2.3 points to DeiT-Tiny with linear attention; PAPERS.md 1.4.
+After FLatten (ICCV 2023), where it is worth 2.3 points to DeiT-Tiny with linear attention; docs/papers.md 4.
 """
 
 from __future__ import annotations

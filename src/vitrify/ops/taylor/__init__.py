@@ -78,7 +78,8 @@ def taylor_sparse_attention(
     `threshold`: probability (number, or 0-dim tensor); 0 gives softmax attention exactly, above 1 Taylor exactly.
     The mask comes from queries and centred keys rounded to `bits` bits, per image and head, without gradient.
 
-    Raises InputError and UnsupportedError as `taylor_attention` does, and for a bad threshold or bits. docs/papers.md 3.
+    Raises InputError and UnsupportedError as `taylor_attention` does, and for a bad threshold or bits.
+    docs/papers.md 3.
     """
     validation.check_predictor(threshold, bits)
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)

@@ -32,7 +32,7 @@ def select(keep: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def algorithm1(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    """Algorithm 1 of ViTALiTy (docs/papers.md 1), its six steps in order; (B, H, Nq, Dv). `scale` stands for 1/sqrt(d)."""
+    """Algorithm 1 of ViTALiTy (docs/papers.md 1), its six steps in order; (B, H, Nq, Dv). `scale` is 1/sqrt(d)."""
     key, value, n = select(keep, key, value)
     centred = key - key.sum(-2, keepdim=True) / n  # 1: centre the keys over the tokens
     if keep is not None:
