@@ -74,7 +74,7 @@ def prepare(case: Case) -> Prepared:
 
 
 def cost(kind: Kind, case: Case) -> Cost:
-    """Return the products (docs/papers.md 2; a multiply-add is two operations), and Q, K, V and the result moved once."""
+    """Return the products (docs/papers.md 2; a multiply-add is two operations); Q, K, V and the result move once."""
     batch, n, heads, d = (int(case[name]) for name in ("batch_size", "tokens", "heads", "head_dim"))
     multiplications = 2 * n * n * d if kind == "softmax" else 2 * n * d * d + d * d
     itemsize = DTYPES[case["dtype"]].itemsize

@@ -13,6 +13,7 @@ from vitrify.bench import memory, registry, roofline
 from vitrify.bench.machine import Machine, describe
 from vitrify.bench.registry import Case, Check, Contender, Prepared
 from vitrify.bench.timing import Speedup, Timing, interleave, speedup
+from vitrify.files import write_atomically
 
 Progress = Callable[[str], None]
 
@@ -80,11 +81,8 @@ class Result:
 
     def write(self, folder: Path) -> Path:
         """Write `<folder>/<benchmark>-<machine>.json`, whole or not at all; return its path."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.benchmark}-{self.machine.slug}.json"
-        draft = path.with_suffix(".json.tmp")
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
 

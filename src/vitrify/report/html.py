@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from vitrify.files import write_atomically
 from vitrify.report.figures import INK
 
 
@@ -88,10 +89,8 @@ def render(report: Report) -> str:
 
 def write(report: Report, path: Path) -> Path:
     """Render to `path`, whole or not at all; its folder is made. Returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(render(report), encoding="utf-8")
-    return draft.replace(path)
+    write_atomically(path, render(report))
+    return path
 
 
 def _section(section: Section, counter: Iterator[int]) -> str:

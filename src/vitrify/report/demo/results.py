@@ -51,7 +51,7 @@ class Results:
             "multiplications_per_image": self.multiplications,
             "points": [asdict(point) for point in self.points],
             "logits_in_range": {
-                tuned.name: {
+                tuned.module: {
                     "original": [raw.raw_share, raw.centred_share],
                     "tuned": [tuned.raw_share, tuned.centred_share],
                 }

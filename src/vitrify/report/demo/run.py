@@ -23,6 +23,7 @@ from vitrify.bench import describe
 from vitrify.convert import convert_
 from vitrify.data import build_transform, load_dataset
 from vitrify.errors import InputError, VitrifyError
+from vitrify.files import write_atomically
 from vitrify.report import html
 from vitrify.report.capture import logit_histograms
 from vitrify.report.demo import page
@@ -184,6 +185,4 @@ def _write(results: Results, output: Path) -> None:
     drawn = page.draw(results)
     page.write_pngs(drawn, output / "figures")
     html.write(page.report(results, drawn), output / "report.html")
-    draft = output / "results.json.tmp"
-    draft.write_text(json.dumps(results.numbers(), indent=1) + "\n", encoding="utf-8")
-    draft.replace(output / "results.json")
+    write_atomically(output / "results.json", json.dumps(results.numbers(), indent=1) + "\n")

@@ -27,10 +27,10 @@ def _gains(results: Results) -> Table:
     )
     last = results.points[-1]
     taylor_mib = last.memory_mib["taylor"]
-    for kind, label in (("unfused", "unfused"), ("softmax", "fused")):
+    for kind, label in (("softmax", "fused"), ("unfused", "unfused")):
         mib = last.memory_mib[kind]
-        name = f"core's memory, {last.tokens:,} tokens, {label}"
-        table.add_row(name, f"{mib:.1f} MiB", f"{taylor_mib:.1f} MiB", f"{mib / taylor_mib:.1f}x less")
+        name = f"memory of a core, {last.tokens:,} tokens, {label}"
+        table.add_row(name, f"{mib:.1f} MiB", f"{taylor_mib:.1f} MiB", f"{mib / taylor_mib:.1f}x")
     return table
 
 
@@ -38,9 +38,9 @@ def _latencies(results: Results) -> Table:
     table = Table(title="latency, ms, batch 1 (softmax in PyTorch's fused kernel)", title_justify="left")
     table.add_column("tokens", justify="right")
     for part in ("core", "model"):
-        for name in (f"{part}: softmax", "Taylor", "ratio"):
-            table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("model is")
+        for name in ("softmax", "Taylor", "ratio"):
+            table.add_column(f"{part}\n{name}", justify="right", no_wrap=True)
+    table.add_column("model is", no_wrap=True)
     for point in results.points:
         cells = [f"{point.tokens:,}"]
         for softmax, taylor, speed in (
