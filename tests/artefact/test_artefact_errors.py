@@ -2,8 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -105,6 +107,19 @@ def test_a_failed_rename_puts_the_old_artefact_back(model, artefact, monkeypatch
     assert [p.name for p in artefact.parent.iterdir()] == ["artefact"]
     monkeypatch.undo()
     load(artefact)
+
+
+def test_the_next_save_sweeps_what_a_killed_one_left(model, artefact, monkeypatch):
+    neighbour = artefact.with_name(".artefact2.new-0123")
+    neighbour.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        killed = multiprocessing.get_context("fork").Process(target=save, args=(model, artefact))
+        killed.start()
+        killed.join()
+    assert len(list(artefact.parent.glob(".artefact.new-*"))) == 1
+    save(model, artefact)
+    assert sorted(p.name for p in artefact.parent.iterdir()) == [neighbour.name, "artefact"]
 
 
 def test_a_folder_of_something_else_is_refused(model, tmp_path):

@@ -106,14 +106,3 @@ def test_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path):
     assert str(tmp_path) in message
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
     assert checkpoints.load_latest(tmp_path).step == 8
-
-
-def test_write_atomically_leaves_no_temporary_file_if_it_fails(tmp_path):
-    path = tmp_path / "config.json"
-    checkpoints.write_atomically(path, "old")
-    assert path.read_text() == "old"
-    path.unlink()
-    path.mkdir()  # cannot be replaced by a file
-    with pytest.raises(VitrifyError, match=r"config\.json"):
-        checkpoints.write_atomically(path, "new")
-    assert list(tmp_path.iterdir()) == [path]

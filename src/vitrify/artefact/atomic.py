@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import glob
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitrify.errors import VitrifyError
+from vitrify.files import flush
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path`, which takes the place of `path` once everything in it is on disk.
 
     If anything fails, the new folder is removed and `path` is as it was. A process killed at the worst moment leaves
-    the old content beside `path` under a hidden name. An OSError becomes a VitrifyError that names `path`.
+    the old content beside `path` under a hidden name, until the next replacement succeeds. An OSError becomes a
+    VitrifyError that names `path`.
     """
     target = path.resolve()
     token = secrets.token_hex(4)
@@ -28,9 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         for entry in (*fresh.iterdir(), fresh):
-            _sync(entry)
+            flush(entry)
         _swap(fresh, target, old)
-        _sync(target.parent)
+        flush(target.parent)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
         for folder in reversed(created):
@@ -39,7 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise VitrifyError(f"cannot write {path}: {error.strerror or error}; nothing was written") from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    # This one's old content, and what processes killed earlier left.
+    for kind in ("new", "old"):
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -58,11 +63,3 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

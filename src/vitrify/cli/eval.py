@@ -65,7 +65,7 @@ def evaluate(
     result = measure(built.to(target), reference and reference.to(target), dataset, batch_size, limit)
     result = {"model": model, "against": against, "data": dataset.source, "split": split, **result}
     if json_file is not None:
-        from vitrify.train.checkpoint import write_atomically
+        from vitrify.files import write_atomically
 
         write_atomically(json_file, json.dumps(result, indent=2) + "\n")
     _print(result)

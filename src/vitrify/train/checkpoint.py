@@ -7,7 +7,6 @@ only then is the one before it removed: at any moment the highest `step-*` folde
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitrify.errors import InputError, VitrifyError
+from vitrify.files import flush
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -52,9 +52,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         state = {"format_version": FORMAT_VERSION, "step": checkpoint.step, "groups": sorted(checkpoint.tensors)}
         (temporary / _STATE).write_text(json.dumps({**state, **checkpoint.state}, indent=1))
         for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
+            flush(path)
         temporary.rename(target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise VitrifyError(f"could not write a checkpoint to {folder}: {error}. Earlier ones are intact") from error
@@ -103,29 +103,9 @@ def check_keys(kind: str, expected: Mapping[str, Tensor], found: Mapping[str, Te
         raise InputError(f"the checkpoint's {kind} does not fit this model: {'; '.join(problems)}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` by way of a temporary file: the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise VitrifyError(f"could not write {path}: {error}") from error
-
-
 def _found(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: path.name)
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitrify.errors import InputError, VitrifyError
-from vitrify.train.checkpoint import write_atomically
+from vitrify.files import write_atomically
 
 
 class Meter:

@@ -17,7 +17,7 @@ from torch import nn
 
 from vitrify import artefact
 from vitrify.errors import InputError
-from vitrify.train.checkpoint import write_atomically
+from vitrify.files import write_atomically
 from vitrify.train.config import TrainConfig
 
 Resume = Literal["auto", "never"]
