@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitrify.convert.adapters import adapter_for, looks_like_attention, no_adapter_reason, qualified_name
-from vitrify.convert.adapters.base import Adapter, adopt, make_core, verify
+from vitrify.convert.adapters.base import Adapter, adopt, make_core, objection
 from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.recipe import AttentionSpec, Recipe
 from vitrify.convert.tokens import InputSize, Shape, attention_shapes, check_input_size, default_input_size
@@ -82,9 +82,7 @@ def _plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFn | None, conversi
             conversion.kept.append(Change(name, source, "filter_fn left it out"))
             continue
         spec = recipe.spec_for(name)
-        reason = no_adapter_reason(module) if adapter is None else adapter.refusal(module, spec)
-        if adapter is not None and reason is None and not isinstance(module, Adapter):
-            reason = verify(module, adapter)
+        reason = no_adapter_reason(module) if adapter is None else objection(module, adapter, spec)
         if adapter is None or reason is not None:
             conversion.refused.append(Change(name, source, str(reason)))
         else:

@@ -19,6 +19,7 @@ from torch import nn
 
 from vitrify.convert.copies import detached_copy, randomise
 from vitrify.convert.recipe import AttentionSpec
+from vitrify.errors import UnsupportedError
 from vitrify.nn import Core, CoreAttention, Softmax, Taylor, TaylorSparse, TokenGrid, ValueConv
 
 
@@ -103,11 +104,24 @@ def adopt(module: Any, adapter: type[Adapter], core: Core, value_conv: int = 0, 
         module.value_conv = conv.train(module.training)
 
 
+def objection(module: nn.Module, adapter: type[Adapter], spec: AttentionSpec) -> str | None:
+    """Return why `module` cannot become what `spec` says, or None: its adapter refuses, or a trial run fails."""
+    if "forward" in module.__dict__:
+        # accelerate's hooks and monkeypatches live on the instance, where no class is asked.
+        return (
+            "has a `forward` of its own that hides its class's (accelerate's hooks do that): convert before adding it"
+        )
+    try:
+        return adapter.refusal(module, spec) or (None if isinstance(module, Adapter) else verify(module, adapter))
+    except Exception as error:  # replaced children (LoRA, quantised) may lack anything; leave the module alone
+        return f"a trial run failed: {type(error).__name__}: {error}"
+
+
 def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
     """Return None if the adapter reproduces the source's forward bit for bit, else what differs.
 
     Both run on a copy with random parameters and buffers, in evaluation mode: freshly built models hide mistakes
-    behind zero-initialised norms, and trained ones must not be disturbed.
+    behind zero-initialised norms, and trained ones must not be disturbed. Raises whatever the copy or its source does.
     """
     copy = detached_copy(module)
     generator = torch.Generator().manual_seed(0)
@@ -117,13 +131,10 @@ def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
     args, kwargs = adapter.example_inputs(module)
     dtype, device = like(copy).dtype, like(copy).device
     args = tuple(a.to(device, dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-    try:
-        with torch.no_grad():
-            expected = adapter.source.forward(copy, *args, **kwargs)
-            adopt(copy, adapter, adapter.softmax_core(copy))
-            actual = adapter.forward(copy, *args, **kwargs)
-    except Exception as error:  # whatever a changed source class may raise is a reason to leave the module alone
-        return f"a trial run failed: {type(error).__name__}: {error}"
+    with torch.no_grad():
+        expected = adapter.source.forward(copy, *args, **kwargs)
+        adopt(copy, adapter, adapter.softmax_core(copy))
+        actual = adapter.forward(copy, *args, **kwargs)
     before, after = _tensors(expected), _tensors(actual)
     if len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         return None
@@ -131,8 +142,14 @@ def verify(module: nn.Module, adapter: type[Adapter]) -> str | None:
 
 
 def like(module: nn.Module) -> torch.Tensor:
-    """Return the module's first floating-point parameter: what new parts take their device and dtype from."""
-    return next(p for p in module.parameters() if p.is_floating_point())
+    """Return the module's first floating-point parameter: what new parts take their device and dtype from.
+
+    Raises UnsupportedError if it has none.
+    """
+    found = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if found is None:
+        raise UnsupportedError(f"{type(module).__name__} has no floating-point parameter to take a dtype from")
+    return found
 
 
 def watching(module: nn.Module, cls: type[TokenGrid]) -> Any:
