@@ -195,6 +195,14 @@ def test_the_cost_of_the_bias_decides_what_is_kept():
     assert len(convert_(levit(), Recipe("sparse", "sparse"), input_size=SIZE).changed) == 3
 
 
+@pytest.mark.parametrize(
+    ("core", "bias", "dropped"), [("sparse", "drop", 3), ("sparse", "carry", 0), ("softmax", "drop", 0)]
+)
+def test_a_dropped_bias_is_remarked_on_whatever_the_core(core, bias, dropped):
+    conversion = convert_(levit(), Recipe("mine", {"core": core, "bias": bias}), input_size=SIZE)
+    assert ["position bias dropped" in change.detail for change in conversion.changed].count(True) == dropped
+
+
 def test_squares_have_no_place_for_a_bias():
     model = levit()
     conversion = convert_(model, taylor(squares=True))

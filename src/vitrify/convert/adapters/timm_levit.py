@@ -67,10 +67,12 @@ class LeViTAdapter(Adapter):
     @classmethod
     def remark(cls, module: Any, spec: AttentionSpec) -> str:
         """Say what became of the bias, and at what cost."""
-        if spec.core not in ("taylor", "taylor_sparse"):
+        if spec.core == "softmax":
             return ""
         if spec.bias == "drop":
             return "position bias dropped"
+        if spec.core == "sparse":
+            return ""  # it adds the bias to its logits, as softmax does
         queries, keys = module.attention_bias_idxs.shape
         cost = queries * keys * module.val_dim
         return f"position bias carried as a token-mixing term of V, n_q n_k d_v = {cost:,} multiplications per head"
