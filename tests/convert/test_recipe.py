@@ -97,3 +97,21 @@ def test_named_recipes():
         recipes.get("vitalty")
     with pytest.raises(InputError, match="does not exist"):
         recipes.get("no/such/file.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", ".1e-2", "1.0e-3", "10e-4", "0.001"])
+def test_yaml_reads_numbers_as_json_does(tmp_path, number):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"attention: {{core: taylor_sparse, threshold: {number}}}\n")
+    assert Recipe.from_yaml(path).attention.threshold == 0.001
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: 1e-3b\nattention: taylor\n")
+    assert Recipe.from_yaml(path).name == "1e-3b"
+
+
+def test_equal_recipes_have_one_hash():
+    first, second = (Recipe("mine", "taylor", {"blocks.0.*": "softmax"}) for _ in range(2))
+    assert len({first, second, Recipe("mine", "taylor")}) == 2

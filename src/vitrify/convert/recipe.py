@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,15 @@ from typing import Any, Literal, get_args
 import yaml
 
 from vitrify.errors import InputError, unknown
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as the number that it is in JSON and in YAML 1.2; YAML 1.1, and so PyYAML, wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 CoreName = Literal["softmax", "taylor", "taylor_sparse", "sparse"]
 BiasRule = Literal["carry", "drop"]
@@ -99,6 +109,9 @@ class Recipe:
         modules = {_pattern(pattern): _spec(spec, f"modules[{pattern!r}]") for pattern, spec in self.modules.items()}
         object.__setattr__(self, "modules", modules)
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.attention, frozenset(self.modules.items()), self.keep_if_costlier))
+
     def spec_for(self, name: str) -> AttentionSpec:
         """Return the spec of the module with that qualified name."""
         matching = [spec for pattern, spec in self.modules.items() if self.names_module(pattern, name)]
@@ -126,7 +139,7 @@ class Recipe:
         """Read a recipe from a YAML or JSON file; a file without `name` gives its own."""
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
         except FileNotFoundError:
             raise InputError(f"recipe file {str(path)!r} does not exist") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
