@@ -108,9 +108,7 @@ def objection(module: nn.Module, adapter: type[Adapter], spec: AttentionSpec) ->
     """Return why `module` cannot become what `spec` says, or None: its adapter refuses, or a trial run fails."""
     if "forward" in module.__dict__:
         # accelerate's hooks and monkeypatches live on the instance, where no class is asked.
-        return (
-            "has a `forward` of its own that hides its class's (accelerate's hooks do that): convert before adding it"
-        )
+        return "has a `forward` of its own, which hides its class's (accelerate's hooks do that): convert first"
     try:
         return adapter.refusal(module, spec) or (None if isinstance(module, Adapter) else verify(module, adapter))
     except Exception as error:  # replaced children (LoRA, quantised) may lack anything; leave the module alone
