@@ -113,6 +113,18 @@ def test_common_offset_of_keys_changes_nothing():
     assert torch.equal(sparse_mask(query, key + 1000, threshold=0.05), sparse_mask(query, key, threshold=0.05))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_threshold_0_is_softmax_in_float32_beside_large_offsets(masked):
+    """Offsets of 100 in K and V: as exact as PyTorch's own softmax attention is, in the same dtype."""
+    q, k, v = qkv(2, 3, 50, 196, 32, 32, offset=100.0)
+    keep = padding(2, 196) if masked else None
+    truth = F.scaled_dot_product_attention(q, k, v, keep)
+    narrow = [t.float() for t in (q, k, v)]
+    out, _ = taylor_sparse_attention(*narrow, keep, threshold=0.0)
+    plain = F.scaled_dot_product_attention(*narrow, keep)
+    assert (out - truth).abs().max() <= 3 * (plain - truth).abs().max()
+
+
 @pytest.mark.usefixtures("nan_poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [63, 197])

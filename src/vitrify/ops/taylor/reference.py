@@ -73,6 +73,8 @@ def affine_backward(
 def weights(query: Tensor, key: Tensor, keep: Tensor | None, scale: float) -> Tensor:
     """The dense attention matrix (1 + scale q.k^) / n, (B, H, Nq, Nk); rows sum to 1, entries may be negative."""
     key, _, n = select(keep, key, key)
-    centred = key - key.sum(-2, keepdim=True) / n
-    dense = (1 + scale * (query @ centred.mT)) / n
+    centred, _, _ = select(keep, key - key.sum(-2, keepdim=True) / n, key)
+    scores = scale * (query @ centred.mT)
+    # Centred keys sum to 0 up to rounding only; the rows' sums meet V's common offset, so they are made 1 once more.
+    dense = (1 + scores - scores.detach().sum(-1, keepdim=True) / n) / n
     return dense if keep is None else dense.masked_fill(~keep[:, None, None, :], 0)

@@ -66,11 +66,14 @@ def residual(
     query, key, value = _wide(query, key, value)
     x, centred, n = logits(query, key, keep, scale)
     mask = predict(query, centred, keep, scale, threshold, bits)
+    # Centred keys sum to 0 up to rounding only, while the low-rank part's weights sum to 1 exactly: what is missing
+    # would meet the common offset of V. In exact numbers this mean of x is 0, and so is its gradient.
+    level = 1 - x.detach().sum(-1, keepdim=True) / n
     # Few passes over the n x n entries, forward and backward: in place, and no product with the mask (a conversion).
     if isinstance(n, Tensor):
-        difference = hide(x, keep).softmax(-1).sub((x + 1) / n)
+        difference = hide(x, keep).softmax(-1).sub((x + level) / n)
     else:
-        difference = torch.add(x.softmax(-1), x, alpha=-1 / n).sub_(1 / n)
+        difference = torch.add(x.softmax(-1), x, alpha=-1 / n).sub_(level / n)
     _, value, _ = select(keep, value, value)
     return difference.masked_fill_(~mask, 0) @ value, density(mask, keep)
 
