@@ -16,10 +16,11 @@ def idx_bytes(array):
 
 @pytest.fixture
 def small_debian(tmp_path, monkeypatch):
-    """A stand-in for Debian's folder: 20 test images, two of each class."""
+    """A stand-in for Debian's folder: 20 images per split, two of each class."""
     images = np.arange(20 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(20, 28, 28)
     for name, array in {"images-idx3": images, "labels-idx1": np.arange(20, dtype=np.uint8) % 10}.items():
-        (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(idx_bytes(array)))
+        for prefix in ("train", "t10k"):
+            (tmp_path / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(idx_bytes(array)))
     monkeypatch.setattr(fashion, "DEBIAN_ROOT", tmp_path)
     return tmp_path
 
@@ -53,12 +54,52 @@ def test_shipped_data_carry_their_licence_and_stay_small():
     assert sum(path.stat().st_size for path in fashion.SHIPPED_ROOT.iterdir()) < 3e6
 
 
+@pytest.fixture
+def no_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, "torchvision_root", lambda: tmp_path / "torch")
+
+
+def downloaded(root):
+    """What torchvision leaves behind: three images per split."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(np.full((3, 28, 28), 7, np.uint8)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(np.array([2, 0, 9], np.uint8)))
+    return root
+
+
+@pytest.mark.usefixtures("no_torchvision")
 def test_default_source_is_debian_where_installed_else_shipped(small_debian, monkeypatch):
     assert "Debian" in load_dataset("fashion-mnist", "test").source
     monkeypatch.setattr(fashion, "DEBIAN_ROOT", small_debian / "absent")
     assert "shipped" in load_dataset("fashion-mnist", "test").source
     with pytest.raises(InputError, match="apt install dataset-fashion-mnist"):
         load_dataset("fashion-mnist:debian", "test")
+
+
+@pytest.mark.usefixtures("no_torchvision")
+def test_default_source_is_not_an_incomplete_debian(small_debian):
+    (small_debian / "train-labels-idx1-ubyte.gz").unlink()
+    assert "shipped" in load_dataset("fashion-mnist", "test").source
+
+
+def test_default_source_is_torchvision_where_debian_is_not(small_debian, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    raw = downloaded(fashion.torchvision_root()) / "FashionMNIST" / "raw"
+    assert raw.is_relative_to(tmp_path)
+    assert "Debian" in load_dataset("fashion-mnist", "test").source
+    monkeypatch.setattr(fashion, "DEBIAN_ROOT", tmp_path / "absent")
+    assert "3 images (the full set, from torchvision" in load_dataset("fashion-mnist", "test").source
+    (raw / "t10k-images-idx3-ubyte").unlink()
+    assert "shipped" in load_dataset("fashion-mnist", "test").source
+
+
+def test_selecting_keeps_images_with_their_labels():
+    data, whole = (load_dataset("fashion-mnist:shipped", "test") for _ in range(2))
+    data.select(range(3, 1000, 300))
+    assert data.labels.tolist() == whole.labels[3::300].tolist()
+    assert np.array_equal(data.images[1], whole.images[303])
 
 
 def test_idx_round_trip(small_debian):
@@ -108,16 +149,11 @@ def test_images_and_labels_that_disagree_are_refused(small_debian):
 
 
 def test_torchvision_reads_what_was_downloaded_before(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images, labels = np.full((3, 28, 28), 7, np.uint8), np.array([2, 0, 9], np.uint8)
-    for prefix in ("train", "t10k"):
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(images))
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    downloaded(tmp_path)
     data = load_dataset(f"fashion-mnist:torchvision={tmp_path}", "test")
     assert "torchvision" in data.source
     assert [data[i][1] for i in range(3)] == [2, 0, 9]
-    assert data.images.tobytes() == images.tobytes()
+    assert (data.images == 7).all()
 
 
 def test_torchvision_without_a_network_says_what_to_use_instead(tmp_path, monkeypatch):

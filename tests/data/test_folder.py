@@ -66,6 +66,8 @@ def test_flat_folder_is_unlabelled(tmp_path):
         (["cat/a.png", "stray.png"], "train", r"both images \(stray.png\) and folders \(cat/\)"),
         (["cat/a.png", "dog/notes.txt"], "train", "class folder .*dog holds no images"),
         (["train/cat/a.png", "val/cow/a.png"], "val", "classes that .*train lacks: cow"),
+        (["bus/a.png", "train/a.png"], "train", r"has train/, which name splits, beside other folders .*: bus/\. "),
+        (["train/cat/a.png", "val/cat/a.png", "old/cat/a.png"], "val", r"has train/, val/, .* with images: old/\. "),
         (["a.png"], "trian", "unknown split 'trian': did you mean 'train'"),
     ],
 )
@@ -133,6 +135,34 @@ def test_damaged_images_are_skipped_counted_and_logged_once(damaged, workers, ca
     if workers == 0:  # a worker logs in its own process
         assert len(caplog.records) == 2
         assert "b.png" in caplog.text
+
+
+def test_selecting_leaves_out_what_cannot_be_read(damaged):
+    data = load_dataset(damaged, "test", transform=to_level, on_error="skip")
+    data.select(range(3, -1, -1))
+    assert [level for level, _ in data] == [4, 1]
+    assert [path.rsplit("/", 1)[-1] for path, _ in data.skipped] == ["c.jpg", "b.png"]
+    assert "truncated" in data.skipped[1][1]
+
+
+def test_selecting_reads_nothing_where_a_bad_image_is_an_error(damaged):
+    data = load_dataset(damaged, "test", on_error="raise")
+    data.select([0, 1])
+    assert grey_level(data[0]) == (1, -1)
+    with pytest.raises(InputError, match=r"b\.png"):
+        data[1]
+
+
+def test_selecting_only_unreadable_images_fails(damaged):
+    with pytest.raises(InputError, match=r"none of the 2 images chosen .* can be read"):
+        load_dataset(damaged, "test", on_error="skip").select([1, 2])
+
+
+def test_folders_without_images_may_lie_beside_splits(tmp_path):
+    write(tmp_path / "train/cat/a.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "list.txt").write_text("x")
+    assert load_dataset(tmp_path, "train").classes == ["cat"]
 
 
 def test_last_image_damaged_wraps_around_and_none_readable_fails(damaged):

@@ -6,7 +6,7 @@ with vitrify, so that examples and tests need neither a network nor root.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ DEBIAN_ROOT = Path("/usr/share/datasets/fashion-mnist")
 SHIPPED_ROOT = Path(__file__).parent / "fashion_mnist"
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 SOURCES = ("shipped", "debian", "torchvision")
-_DEBIAN_PREFIX = {"train": "train", "test": "t10k"}
+_PREFIX = {"train": "train", "test": "t10k"}
 
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
@@ -45,11 +45,12 @@ class FashionMnist(Dataset[tuple[Any, int]]):
     to 9).
 
     Args:
-        source: "shipped", "debian", "torchvision", or None for Debian's full set where it is installed, else the
-            shipped subset (5,000 training and 1,000 test images).
+        source: "shipped", "debian", "torchvision", or None for the first that is there in full: Debian's set, a
+            download by torchvision in `torchvision_root()`, the shipped subset (5,000 training, 1,000 test images).
         split: "train", "test", or "val" for "test".
         transform: applied to the PIL image.
-        root: where torchvision keeps (or puts) its download; only for `source="torchvision"`.
+        root: where torchvision keeps (or puts) its download, `torchvision_root()` by default; only for
+            `source="torchvision"`.
 
     Attributes:
         images: (N, 28, 28) uint8. labels: (N,) uint8. classes: the ten names. labelled: True. skipped: [] (nothing can
@@ -72,7 +73,7 @@ class FashionMnist(Dataset[tuple[Any, int]]):
             raise unknown("split of Fashion-MNIST", split, SPLITS)
         split = SPLITS[split]
         if source is None:
-            source = "debian" if DEBIAN_ROOT.is_dir() else "shipped"
+            source = _default_source()
         if source == "debian":
             (self.images, self.labels), origin = _debian(split), "the full set, from Debian's dataset-fashion-mnist"
         elif source == "torchvision":
@@ -95,6 +96,24 @@ class FashionMnist(Dataset[tuple[Any, int]]):
         image = Image.fromarray(self.images[index])
         return image if self.transform is None else self.transform(image), int(self.labels[index])
 
+    def select(self, indices: Iterable[int]) -> None:
+        """Keep only these items, in this order."""
+        chosen = list(indices)
+        self.images, self.labels = self.images[chosen], self.labels[chosen]
+
+
+def torchvision_root() -> Path:
+    """Return where vitrify looks for torchvision's download: ~/.cache/torch/hub/datasets, moved by $TORCH_HOME."""
+    return Path(torch.hub.get_dir()) / "datasets"
+
+
+def _default_source() -> str:
+    files = [f"{prefix}-{kind}-ubyte" for prefix in _PREFIX.values() for kind in ("images-idx3", "labels-idx1")]
+    if all((DEBIAN_ROOT / f"{name}.gz").is_file() for name in files):
+        return "debian"
+    downloaded = torchvision_root() / "FashionMNIST" / "raw"
+    return "torchvision" if all((downloaded / name).is_file() for name in files) else "shipped"
+
 
 def _debian(split: str) -> Arrays:
     if not DEBIAN_ROOT.is_dir():
@@ -102,7 +121,7 @@ def _debian(split: str) -> Arrays:
             f"Debian's Fashion-MNIST is not in {DEBIAN_ROOT}: run `apt install dataset-fashion-mnist`, "
             "or use fashion-mnist:shipped or fashion-mnist:torchvision"
         )
-    prefix = DEBIAN_ROOT / _DEBIAN_PREFIX[split]
+    prefix = DEBIAN_ROOT / _PREFIX[split]
     return read_idx(Path(f"{prefix}-images-idx3-ubyte.gz"), 3), read_idx(Path(f"{prefix}-labels-idx1-ubyte.gz"), 1)
 
 
@@ -114,7 +133,7 @@ def _shipped(split: str) -> Arrays:
 def _torchvision(split: str, root: Path | None) -> Arrays:
     from torchvision.datasets import FashionMNIST  # noqa: PLC0415  # the other sources do without it
 
-    root = root or Path(torch.hub.get_dir()) / "datasets"
+    root = root or torchvision_root()
     try:
         data = FashionMNIST(root, train=split == "train", download=True)
     except (RuntimeError, OSError) as error:  # urllib's errors are OSErrors; torchvision adds RuntimeErrors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,15 +44,15 @@ class ImageFolder(Dataset[tuple[Any, int]]):
     Args:
         on_error: an unreadable image raises an InputError with its path and the reason ("raise"), or is logged once,
             counted in `skipped` and replaced by the next readable one ("skip": the dataset's length and the other items
-            stay put).
+            stay put). A twin would falsify a measurement: to evaluate, `select` first, which leaves such images out.
 
     Attributes:
         samples: list of (path string, label). classes: class names, empty if unlabelled. labelled: bool. source: which
         data, with counts. skipped: list of (path, reason) met so far, in whichever worker process.
 
     Raises:
-        InputError: no such folder or split; no images, an empty class, images beside class folders, a class that train
-            lacks.
+        InputError: no such folder or split; no images, an empty class, images beside class folders, other folders with
+            images beside splits, a class that train lacks.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         self.on_error = on_error
         # Shared, so that this process sees which images a DataLoader's workers could not read.
         self._bad = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._left_out: list[tuple[str, str]] = []
         kind = f"{len(self.classes)} classes" if self.labelled else "unlabelled"
         note = "" if has_splits else "; not split: the same images whether for training or evaluation"
         self.source = f"{folder}: {len(self.samples):,} images, {kind}{note}"
@@ -89,14 +90,31 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         image, label = self._read(range(len(self))[index])
         return image if self.transform is None else self.transform(image), label
 
+    def select(self, indices: Iterable[int]) -> None:
+        """Keep only these items, in this order. With on_error="skip" each image is decoded, and the bad are left out.
+
+        They are counted in `skipped`. Raises InputError if no image is left.
+        """
+        chosen = []
+        for index in indices:
+            path, _ = self.samples[index]
+            try:
+                if self.on_error == "skip":
+                    read_image(path)
+            except InputError as error:
+                self._left_out.append((path, str(error)))
+            else:
+                chosen.append(index)
+        if not chosen:
+            raise InputError(f"none of the {len(self._left_out):,} images chosen of {self.source} can be read")
+        self.samples = [self.samples[index] for index in chosen]
+        self._bad = self._bad[chosen].share_memory_()
+
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """The (path, reason) of every image that was asked for and could not be read."""
-        return [
-            (path, _why_unreadable(path))
-            for (path, _), bad in zip(self.samples, self._bad.tolist(), strict=True)
-            if bad
-        ]
+        replaced = [path for (path, _), bad in zip(self.samples, self._bad.tolist(), strict=True) if bad]
+        return [*self._left_out, *((path, _why_unreadable(path)) for path in replaced)]
 
     def _read(self, index: int) -> tuple[Any, int]:
         for candidate in (*range(index, len(self)), *range(index)):
@@ -132,6 +150,10 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
 
 
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(path) for path in folder.rglob("*"))
+
+
 def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
     """Return the folder of the split, and whether `root` is split at all."""
     if not root.exists():
@@ -139,9 +161,17 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool]:
     if not root.is_dir():
         raise InputError(f"{root} is a file; the data must be a folder of images")
     names = {name for names in SPLIT_FOLDERS.values() for name in names}
-    present = [path.name for path in _visible(root) if path.is_dir() and path.name in names]
+    folders = [path for path in _visible(root) if path.is_dir()]
+    present = [path.name for path in folders if path.name in names]
     if not present:
         return root, False
+    # A class may be called "train": to take it for a split would lose all other classes without a word.
+    if others := [f"{path.name}/" for path in folders if path.name not in names and _holds_images(path)]:
+        raise InputError(
+            f"{root} has {', '.join(f'{name}/' for name in present)}, which name splits, beside other folders with "
+            f"images: {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}. If these are all classes, put "
+            f"them into {root / 'train'}; if not, move what is not a split elsewhere"
+        )
     for name in SPLIT_FOLDERS[split]:
         if name in present:
             return root / name, True

@@ -21,14 +21,14 @@ def load_dataset(
     A label is an int from 0 on, or -1 where there is none.
 
     Args:
-        spec: "fashion-mnist" (Debian's full set where installed, else the shipped subset), "fashion-mnist:shipped",
-            "fashion-mnist:debian", "fashion-mnist:torchvision" (downloads to PyTorch's cache) or
-            "fashion-mnist:torchvision=FOLDER"; or the path of an image folder, whose layouts `ImageFolder` describes.
+        spec: "fashion-mnist" (the full set where Debian's or torchvision's is there, else the shipped subset),
+            "fashion-mnist:shipped", "fashion-mnist:debian", "fashion-mnist:torchvision" (downloads to PyTorch's cache)
+            or "fashion-mnist:torchvision=FOLDER"; or the path of an image folder, for whose layouts see `ImageFolder`.
             A folder that happens to be called fashion-mnist is reached as ./fashion-mnist.
         split: "train", "test" or "val" (for Fashion-MNIST, "val" is its test set).
         transform: applied to each PIL image.
         on_error: what an unreadable image does: "raise" an InputError with its path, or "skip" to the next readable
-            one.
+            one (for training; `ImageFolder.select` leaves such images out).
 
     Returns:
         A dataset with `classes`, `labelled`, `source` (which data this is, with counts) and `skipped`.
