@@ -24,7 +24,20 @@ def test_bad_input_exits_with_2_and_says_what_would_be_right(arguments, message,
 def test_attention_is_measured_shown_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("vitrify.bench.memory.resident_peak_of", lambda module, request: 1.0)
-    arguments = ["--tokens", "64,128", "--heads", "2", "--head-dim", "32", "--device", "cpu", "--seconds", "0"]
+    arguments = [
+        "--tokens",
+        "64,128",
+        "--heads",
+        "2",
+        "--head-dim",
+        "32",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--seed",
+        "7",
+    ]
     assert main(["bench", "attention", *arguments, "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Taylor packed" in shown
@@ -32,7 +45,17 @@ def test_attention_is_measured_shown_and_written(tmp_path, capsys, monkeypatch):
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     assert [row["case"]["tokens"] for row in content["rows"]] == [64] * 4 + [128] * 4
-    assert content["command"].startswith("vitrify bench attention --tokens 64,128 --heads 2 --head-dim 32")
+    assert content["command"] == (
+        "vitrify bench attention --tokens 64,128 --heads 2 --head-dim 32 --dtype float32 --batch-size 1 --device cpu "
+        "--seconds 0 --seed 7"
+    )
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("vitrify.bench.run", lambda *_, **__: pytest.fail("measured first"))
+    assert main(["bench", "attention", "--output", str(tmp_path / "file" / "results")]) == 2
+    assert f"--output {tmp_path / 'file' / 'results'}: cannot write" in capsys.readouterr().err
 
 
 def test_a_refused_contender_makes_the_command_fail(capsys, monkeypatch):

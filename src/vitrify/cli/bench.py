@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +21,13 @@ app = typer.Typer(
     help="Measure attention, or whole models, against their originals. Wrong outputs are refused, not timed.",
 )
 
+BatchOption = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 SecondsOption = Annotated[float, typer.Option(min=0.0, help="Time to spend on each case, beside checks and memory.")]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Write <benchmark>-<machine>.json into this folder.", metavar="FOLDER"),
+    typer.Option(
+        "--output", "-o", help="Also write the result into this folder, as BENCHMARK-MACHINE.json.", metavar="FOLDER"
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Add every contender under torch.compile.")]
@@ -31,9 +36,9 @@ CompileOption = Annotated[bool, typer.Option("--compile", help="Add every conten
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench attention --tokens 197,1025 --output benchmarks/results")
 def attention(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "197,577,1025,4096,16384",
-    heads: Annotated[int, typer.Option(min=1)] = 12,
-    head_dim: Annotated[int, typer.Option(min=1)] = 64,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of one head.")] = 64,
+    batch_size: BatchOption = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     compile: CompileOption = False,
     device: options.DeviceOption = "auto",
@@ -61,10 +66,15 @@ def attention(
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench models --models deit_tiny_patch16_224:384 --compile")
 def models(
     models: Annotated[
-        str, typer.Option(help="timm names, each with the image side in pixels: NAME:SIZE,NAME:SIZE.")
+        str,
+        typer.Option(
+            metavar="NAME:SIZE,...",
+            help="timm names, each with the image side in pixels.",
+            show_default="DeiT-Tiny at 224 and 512, PVTv2-B0 at 224",
+        ),
     ] = "deit_tiny_patch16_224:224,deit_tiny_patch16_224:512,pvt_v2_b0:224",
     recipe: options.RecipeOption = "taylor",
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: BatchOption = 1,
     compile: CompileOption = False,
     device: options.DeviceOption = "auto",
     seconds: SecondsOption = 20.0,
@@ -96,6 +106,8 @@ def models(
 
 
 def _run(benchmark: str, cases: list[dict[str, Any]], *, seconds: float, seed: int, output: Path | None) -> None:
+    if output is not None:
+        _check_writable(output)
     from rich.console import Console
 
     from vitrify import bench
@@ -109,7 +121,7 @@ def _run(benchmark: str, cases: list[dict[str, Any]], *, seconds: float, seed: i
             cases,
             seconds=seconds,
             seed=seed,
-            command=_command(benchmark, cases, seconds),
+            command=_command(benchmark, cases, seconds, seed),
             progress=lambda message: status.update(message) if console.is_terminal else console.print(message),
         )
     Console().print(table(result))
@@ -120,12 +132,24 @@ def _run(benchmark: str, cases: list[dict[str, Any]], *, seconds: float, seed: i
         raise VitrifyError(f"wrong output, or none, from: {names}. The table says which case and why")
 
 
-def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float) -> str:
+def _check_writable(folder: Path) -> None:
+    """Find out before the measurement, not after it, that its result cannot be written."""
+    from vitrify.errors import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot write into this folder: {error.strerror or error}") from error
+
+
+def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float, seed: int) -> str:
     """Return a command that runs these cases again."""
     first = cases[0]
     if benchmark == "models":
         names = ",".join(f"{case['model']}:{case['image_size']}" for case in cases)
-        chosen = f"--models {names} --recipe {first['recipe']}"
+        chosen = f"--models {names} --recipe {shlex.quote(first['recipe'])}"
     else:
         tokens = ",".join(str(case["tokens"]) for case in cases)
         chosen = f"--tokens {tokens} --heads {first['heads']}"
@@ -133,7 +157,7 @@ def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float) -> str
     compiled = " --compile" if first["compile"] else ""
     return (
         f"vitrify bench {benchmark} {chosen} --batch-size {first['batch_size']}{compiled} "
-        f"--device {first['device']} --seconds {seconds:g}"
+        f"--device {first['device']} --seconds {seconds:g} --seed {seed}"
     )
 
 
