@@ -204,16 +204,6 @@ def test_eval_of_unlabelled_images_against_a_checkpoint(artefact, tmp_path, caps
     assert "kNN" in printed
 
 
-def test_eval_counts_what_it_skipped(artefact, tmp_path, capsys):
-    photos = images(tmp_path / "photos")
-    (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:60])
-    given = ["eval", str(artefact), "--data", str(photos), "--against", str(artefact)]
-    assert main(given) == 2
-    assert "3.png" in capsys.readouterr().err
-    assert main([*given, "--on-error", "skip"]) == 0
-    assert "3.png" in capsys.readouterr().err
-
-
 # --- finetune ---
 
 
@@ -260,15 +250,17 @@ def test_ctrl_c_for_real(artefact, tmp_path):
     run, data = tmp_path / "run", labelled(tmp_path / "data")
     command = [sys.executable, "-m", "vitrify", "finetune", str(artefact), "--data", str(data), "--output", str(run)]
     command += ["--epochs", "40", "--batch-size", "4", "--checkpoint-every-s", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    deadline = time.monotonic() + 300
-    while not list(run.glob("checkpoint/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=120)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        try:
+            while process.poll() is None and not list(run.glob("checkpoint/step-*")):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, message = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, message
     assert "the same command resumes" in message
     assert "Traceback" not in message
     assert not is_artefact(run / "model")
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, check=True, capture_output=True)
     assert is_artefact(run / "model")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrify.cli import options
-from vitrify.errors import InputError
+from vitrify.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ def evaluate(
         typer.Option(
             metavar="original|PATH",
             help="Also compare with the unconverted model (its weights as they were before conversion), "
-            "or with the artefact or checkpoint at PATH.",
+            "or with the artefact, finished run or checkpoint at PATH.",
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
@@ -61,8 +61,8 @@ def evaluate(
         in_chans=in_chans,
     )
     reference = None if against is None else find_original(built, against)
-    dataset = options.open_data(data, split, built, on_error=on_error)
-    result = measure(built.to(target), reference and reference.to(target), dataset, batch_size, limit)
+    dataset = options.open_data(data, split, built, on_error=on_error, limit=limit)
+    result = measure(built.to(target), reference and reference.to(target), dataset, batch_size)
     result = {"model": model, "against": against, "data": dataset.source, "split": split, **result}
     if json_file is not None:
         from vitrify.files import write_atomically
@@ -74,33 +74,32 @@ def evaluate(
 def find_original(model: nn.Module, against: str) -> nn.Module:
     """Return the model to compare with: "original" is the unconverted one, with the weights it was created with.
 
-    A path is an artefact, or a checkpoint for the unconverted architecture of `model`.
+    A path is an artefact, a finished run, or a checkpoint for the unconverted architecture of `model`.
     """
-    from vitrify.artefact import is_artefact, load, load_weights, read_checkpoint, rebuild_original
+    from vitrify.artefact import load, load_weights, read_checkpoint, rebuild_original
     from vitrify.artefact.builders import describe, rebuild
 
-    if is_artefact(against):
-        return load(against)
+    if against != "original" and (folder := options.artefact_at(against)) is not None:
+        return load(folder)
     record: dict[str, Any] = getattr(model, "_vitrify_builder", None) or {}
     if against == "original":
         return rebuild_original(record)
     if not Path(against).is_file():
-        raise InputError(f"--against must be 'original', an artefact folder or a checkpoint file, not {against!r}")
+        raise InputError(
+            "the model to compare with must be 'original', the folder of an artefact or of a finished run, or a "
+            f"checkpoint file, not {against!r}"
+        )
     original = rebuild(record if "library" in record else describe(model, set()))
     load_weights(original, read_checkpoint(against), against)
     return original.eval()
 
 
-def measure(
-    model: nn.Module, original: nn.Module | None, dataset: Any, batch_size: int, limit: int | None
-) -> dict[str, Any]:
+def measure(model: nn.Module, original: nn.Module | None, dataset: Any, batch_size: int) -> dict[str, Any]:
     """Return accuracy (if labelled, and the model classifies) and agreement (if there is an original)."""
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import DataLoader
 
-    total = len(dataset)
-    chosen = dataset if limit is None or limit >= total else Subset(dataset, [i * total // limit for i in range(limit)])
-    loader: DataLoader[Any] = DataLoader(chosen, batch_size=batch_size)
-    result: dict[str, Any] = {"images": len(chosen)}
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size)
+    result: dict[str, Any] = {"images": len(dataset)}
     models = {"accuracy": model} | ({"accuracy_original": original} if original is not None else {})
     for name, candidate in models.items():
         if (accuracy := _accuracy(candidate, dataset, loader)) is not None:
@@ -108,13 +107,13 @@ def measure(
     if original is not None:
         from vitrify.train import evaluate_against
 
-        if len(chosen) < 2:
+        if len(dataset) < 2:
             raise InputError("comparing neighbours takes at least 2 images")
-        neighbours = min(NEIGHBOURS, len(chosen) - 1)
-        compared = evaluate_against(original, model, _progress(loader, "comparing"), k=neighbours)
+        neighbours = min(NEIGHBOURS, len(dataset) - 1)
+        compared = evaluate_against(original, model, options.progress(loader, "comparing"), k=neighbours)
         result["agreement"] = {"k": neighbours, **compared}
     if len(result) == 1:
-        raise InputError("nothing to measure: without labels (or a classifier) give --against original")
+        raise InputError("nothing to measure: without labels, or without a classifier, give --against original")
     result["skipped"] = [{"path": str(path), "reason": reason} for path, reason in dataset.skipped]
     return result
 
@@ -131,22 +130,17 @@ def _accuracy(model: nn.Module, dataset: Any, loader: Any) -> float | None:
     model.eval()
     correct = 0
     with torch.no_grad():
-        for images, labels in _progress(loader, "classifying"):
-            logits = logits_of(model, images.to(device))
+        for images, labels in options.progress(loader, "classifying"):
+            try:
+                logits = logits_of(model, images.to(device))
+            except UnsupportedError:  # an encoder, such as Hugging Face's ViTModel
+                return None
             if logits.shape[1] != len(dataset.classes):
                 raise InputError(
                     f"the model has {logits.shape[1]} classes and the data {len(dataset.classes)}: they do not fit"
                 )
             correct += int((logits.argmax(1).cpu() == labels).sum())
     return 100 * correct / len(loader.dataset)
-
-
-def _progress(loader: Any, what: str) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(loader, description=what, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -40,8 +40,9 @@ DataOption = Annotated[
     str,
     typer.Option(
         metavar="SPEC",
-        help="fashion-mnist (Debian's full set, else the one that ships with vitrify), fashion-mnist:shipped, "
-        "fashion-mnist:torchvision, or a folder of images: FOLDER/train/CLASS/*.jpg, or flat and unlabelled.",
+        help="fashion-mnist, from the first source that is there, or fashion-mnist:SOURCE: debian, torchvision, or "
+        "shipped (the part that comes with vitrify). Or a folder: FOLDER/train/CLASS/ and FOLDER/val/CLASS/ with "
+        "images, or images alone, without labels.",
         show_default=False,
     ),
 ]
@@ -51,16 +52,21 @@ OnErrorOption = Annotated[
 ]
 
 
+def artefact_at(path: str) -> Path | None:
+    """Return the artefact folder that `path` means, itself or that of the finished run there; None if neither."""
+    from vitrify.artefact import is_artefact
+
+    return next((folder for folder in (Path(path) / RUN_MODEL, Path(path)) if is_artefact(folder)), None)
+
+
 def load_model(spec: str, **wanted: Any) -> nn.Module:
     """Return the model that MODEL and the options beside it mean: an artefact folder, or `create_model`'s arguments."""
-    from vitrify.artefact import create_model, is_artefact, load
+    from vitrify.artefact import create_model, load
 
-    if is_artefact(run := Path(spec) / RUN_MODEL):
-        spec = str(run)
-    if is_artefact(spec):
+    if (folder := artefact_at(spec)) is not None:
         if given := [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value not in (None, False)]:
             raise InputError(f"{spec} is an artefact, which settles {', '.join(given)} itself: leave it out")
-        return load(spec)
+        return load(folder)
     if Path(spec).is_dir():
         raise InputError(f"the folder {spec} is not an artefact (a Hugging Face folder is given as hf:{spec})")
     if "/" in spec and ":" not in spec:
@@ -84,10 +90,30 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_data(spec: str, split: str, model: nn.Module, *, on_error: Any = "raise", augment: Any = None) -> Any:
-    """Open a data set with the transform that `model` expects; `augment` makes it the training transform."""
+def open_data(
+    spec: str, split: str, model: nn.Module, *, on_error: Any = "raise", augment: Any = None, limit: int | None = None
+) -> Any:
+    """Open a data set with the transform that `model` expects; `augment` makes it the training transform.
+
+    Without `augment`, for evaluation, it holds `limit` images, evenly spread, less those that cannot be read.
+    """
     from vitrify.artefact import input_config
     from vitrify.data import build_transform, load_dataset
 
     transform = build_transform(**input_config(model), train=augment is not None, augment=augment or "none")
-    return load_dataset(spec, split, transform=transform, on_error=on_error)
+    dataset = load_dataset(spec, split, transform=transform, on_error=on_error)
+    total = len(dataset)
+    if augment is None and (on_error == "skip" or (limit or total) < total):
+        count = min(limit or total, total)
+        indices = [i * total // count for i in range(count)]
+        dataset.select(progress(indices, "checking images") if on_error == "skip" else indices)
+    return dataset
+
+
+def progress(steps: Any, what: str) -> Any:
+    """Iterate over `steps` under a progress bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(steps, description=what, console=console, disable=not console.is_terminal, transient=True)
