@@ -135,7 +135,7 @@ def test_limits(tmp_path):
 def test_a_complete_run_is_loaded_and_not_trained_again(tmp_path, capsys):
     path = train(tiny_vit(), quick(), tmp_path)
     before = weights(path)
-    again = tiny_vit(seed=5)
+    again = tiny_vit()
     assert train(again, quick(num_workers=1), tmp_path) == path
     assert "complete" in capsys.readouterr().err
     assert_same_bits(weights(path), before)
@@ -144,6 +144,8 @@ def test_a_complete_run_is_loaded_and_not_trained_again(tmp_path, capsys):
         train(tiny_vit(), quick(lr=0.01), tmp_path)
     with pytest.raises(InputError, match="another recipe"):
         train(tiny_vit(sparse()), quick(), tmp_path)
+    with pytest.raises(InputError, match=r"another initial weights: '[0-9a-f]{16}', now '[0-9a-f]{16}'"):
+        train(tiny_vit(seed=5), quick(), tmp_path)
     assert_same_bits(weights(path), before)
     changed = weights(train(tiny_vit(), quick(lr=0.01), tmp_path, resume="never"))
     assert not torch.equal(changed["head.weight"], before["head.weight"])

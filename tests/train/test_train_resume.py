@@ -13,7 +13,8 @@ import torch
 from tiny_training import Blobs, assert_same_bits, quick, sparse, tiny_vit, train, weights
 
 from vitrify.errors import InputError
-from vitrify.train import LabelsTask, finetune, read_metrics
+from vitrify.train import LabelsTask, finetune, make_task, read_metrics
+from vitrify.train.checkpoint import check_keys
 
 # Everything that draws random numbers or keeps state is on. A checkpoint after every step.
 SETTINGS = {
@@ -116,12 +117,34 @@ def test_resuming_with_other_settings_names_them_and_changes_nothing(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kind"] == "epoch"
 
 
-def test_resuming_with_another_model_lists_the_keys(tmp_path):
+def test_resuming_with_another_start_says_what_differs(tmp_path):
     stopped_after_an_epoch(tmp_path)
-    with pytest.raises(InputError, match=r"missing: blocks\.2\..* and \d+ more"):
-        train(tiny_vit(sparse(), depth=3), quick(**SETTINGS), tmp_path)
-    with pytest.raises(InputError, match=r"cls_token has shape \(1, 1, 16\), expected \(1, 1, 24\)"):
-        train(tiny_vit(sparse(), embed_dim=24), quick(**SETTINGS), tmp_path)
+    for model, difference in (
+        (tiny_vit(sparse(), depth=3), r"model: 'VisionTransformer, [\d,]+ parameters', now 'VisionTransformer, "),
+        (tiny_vit(sparse(), seed=1), "initial weights: "),
+    ):
+        with pytest.raises(InputError, match=f"holds a run with another {difference}"):
+            train(model, quick(**SETTINGS), tmp_path)
+
+
+def test_another_teacher_or_other_data_is_another_run(tmp_path):
+    class Named(Blobs):
+        source = "holiday"
+
+    class Other(Blobs):
+        source = "work"
+
+    config = quick(objective="distill", max_steps=1)
+    finetune(tiny_vit(), make_task(config, Named(32)), config, tmp_path, teacher=tiny_vit())
+    for data, seed, difference in ((Other(32), 0, "data: 'holiday', now 'work'"), (Named(32), 1, "teacher: ")):
+        with pytest.raises(InputError, match=f"holds a run with another {difference}"):
+            finetune(tiny_vit(), make_task(config, data), config, tmp_path, teacher=tiny_vit(seed=seed))
+
+
+def test_a_checkpoint_of_another_model_lists_the_keys():
+    mine, other = tiny_vit().state_dict(), tiny_vit(depth=3, embed_dim=24).state_dict()
+    with pytest.raises(InputError, match=r"missing: blocks\.2\..* and \d+ more.* shape \(1, 1, 16\), expected"):
+        check_keys("model", other, mine)
 
 
 def test_resuming_from_a_truncated_checkpoint(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vitrify.files import flush
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
+_STEP = "step-" + 8 * "[0-9]"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise VitrifyError(f"could not write a checkpoint to {folder}: {error}. Earlier ones are intact") from error
-    for other in _found(folder):
+    for other in found(folder):
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
     return target
@@ -69,12 +71,11 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
     Raises InputError if it is truncated, foreign, or of another version.
     """
-    for leftover in folder.glob(".tmp-step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    found = _found(folder)
-    if not found:
+    _remove_drafts(folder)
+    checkpoints = found(folder)
+    if not checkpoints:
         return None
-    newest = found[-1]
+    newest = checkpoints[-1]
     try:
         state = json.loads((newest / _STATE).read_text())
         version = state["format_version"]
@@ -103,8 +104,23 @@ def check_keys(kind: str, expected: Mapping[str, Tensor], found: Mapping[str, Te
         raise InputError(f"the checkpoint's {kind} does not fit this model: {'; '.join(problems)}")
 
 
-def _found(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: path.name)
+def found(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, the newest last."""
+    return sorted(folder.glob(_STEP), key=lambda path: path.name)
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints in `folder`, and it if nothing else is there."""
+    _remove_drafts(folder)
+    for checkpoint in found(folder):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_drafts(folder: Path) -> None:
+    for leftover in folder.glob(f".tmp-{_STEP}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _listed(names: list[str]) -> str:

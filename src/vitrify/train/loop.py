@@ -64,7 +64,8 @@ def finetune(
     dataset = _limited(task.train_dataset, config)
     _check_batches(len(dataset), config, accelerator.num_processes)
     if accelerator.is_main_process:
-        folder.prepare(config, identity_of(model, len(dataset)), resume)
+        guide = teacher if task.needs_teacher else None
+        folder.prepare(config, identity_of(model, guide, task.train_dataset, len(dataset)), resume)
     accelerator.wait_for_everyone()
     if folder.is_complete:
         artefact.load(folder.model, model)
