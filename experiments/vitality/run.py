@@ -128,9 +128,9 @@ def collect(table: dict[str, Any]) -> dict[str, Any]:
             rows[name] = {"what": row["what"], "command": f"vitrify {shlex.join(first)}", "top1": top1}
             if any(density.values()):
                 rows[name]["density"] = density
-    for name, row in rows.items():
-        against = table["rows"].get(name, {}).get("against", "softmax")
-        row["difference"] = difference(row["top1"], rows.get(against, {}).get("top1", {}))
+    baseline = rows.get("softmax", {}).get("top1", {})
+    for row in rows.values():
+        row["difference"] = difference(row["top1"], baseline)
     return {"machine": dataclasses.asdict(describe()), "rows": rows}
 
 
