@@ -7,7 +7,8 @@ traceback. `VitrifyError` means that something else failed: exit code 1.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class VitrifyError(Exception):
@@ -34,3 +35,14 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> InputError:
     # A registry of a thousand model names would bury the hint.
     listed = f"Known: {', '.join(known)}" if len(known) <= 24 else f"{len(known)} names are known"
     return InputError(f"unknown {kind} {name!r}: {hint}{listed}")
+
+
+@contextmanager
+def optional(package: str, extra: str, purpose: str) -> Iterator[None]:
+    """Turn a failed import of `package`, which `extra` installs, into an InputError that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise InputError(f"{purpose} needs {package}: pip install 'vitrify[{extra}]'") from error

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vitrify.cli import options
+from vitrify.errors import optional
 
 EPILOG = (
     "[bold]Example[/bold]\n\nvitrify demo --output demo-output\n\n"
@@ -31,7 +32,9 @@ def demo(
     from rich.console import Console
 
     from vitrify.cli.finetune import use_device
-    from vitrify.report import demo as demonstration
+
+    with optional("matplotlib", "report", "the demo's report"):
+        from vitrify.report import demo as demonstration
 
     use_device("cpu")
     console = Console()

@@ -7,13 +7,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from vitrify.errors import optional
 from vitrify.train.config import TrainConfig
 from vitrify.train.features import converted_blocks, encode
 from vitrify.train.fidelity import evaluate_against
-from vitrify.train.loop import finetune
 from vitrify.train.metrics import read_metrics
 from vitrify.train.schedule import learning_rate, rising_threshold
 from vitrify.train.tasks import DistillTask, FeaturesTask, LabelsTask, Task, make_task
+
+if TYPE_CHECKING:
+    from vitrify.train.loop import finetune
 
 __all__ = [
     "DistillTask",
@@ -30,3 +35,12 @@ __all__ = [
     "read_metrics",
     "rising_threshold",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Measuring needs no accelerate, which is an extra: only training does.
+    if name != "finetune":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with optional("accelerate", "train", "fine-tuning"):
+        from vitrify.train.loop import finetune  # noqa: PLC0415
+    return finetune
