@@ -68,6 +68,10 @@ class Task(ABC):
         return {name: value / totals[-1] for name, value in zip(sums, totals[:-1], strict=True)}
 
 
+def _is_labelled(dataset: SizedDataset | None) -> bool:
+    return bool(getattr(dataset, "labelled", True))
+
+
 class LabelsTask(Task):
     """Classification: cross-entropy with label smoothing, and with timm's mixup and cutmix if their alphas say so."""
 
@@ -87,11 +91,17 @@ class LabelsTask(Task):
                 label_smoothing=config.label_smoothing,
                 num_classes=self._classes,
             )
-        self._require_labels(train_dataset, config)
+        self._require_labels(config, train_dataset, "train on")
+        if eval_dataset is not None:
+            self._require_labels(config, eval_dataset, "evaluate on")
 
-    def _require_labels(self, dataset: SizedDataset, config: TrainConfig) -> None:
-        if not getattr(dataset, "labelled", True):
-            raise InputError(f"objective {config.objective!r} needs labels, which these images lack: use 'features'")
+    def _require_labels(self, config: TrainConfig, dataset: SizedDataset, purpose: str) -> None:
+        if not _is_labelled(dataset):
+            source = getattr(dataset, "source", type(dataset).__name__)
+            raise InputError(
+                f"objective {config.objective!r} needs labels, which the images to {purpose} lack ({source}): "
+                f"use 'features', or 'distill' with distill_alpha=1"
+            )
 
     def loss(self, model: nn.Module, batch: Any, teacher: nn.Module | None) -> tuple[Tensor, Logs]:
         """Return the cross-entropy."""
@@ -139,9 +149,19 @@ class DistillTask(LabelsTask):
         self._alpha = config.distill_alpha
         self._features_weight = config.distill_features_weight
 
-    def _require_labels(self, dataset: SizedDataset, config: TrainConfig) -> None:
+    def _require_labels(self, config: TrainConfig, dataset: SizedDataset, purpose: str) -> None:
         if config.distill_alpha < 1:
-            super()._require_labels(dataset, config)
+            super()._require_labels(config, dataset, purpose)
+
+    def measure(self, model: nn.Module, batch: Any, teacher: nn.Module | None) -> Logs:
+        """Return what `LabelsTask` does; without labels, "agreement" (0 or 1) with the teacher's class and "kl"."""
+        if _is_labelled(self.eval_dataset):
+            return super().measure(model, batch, teacher)
+        if teacher is None:
+            raise InputError("without labels, logits are measured against the unconverted model: pass teacher=")
+        logits, wanted = (logits_of(m, images_of(batch)) for m in (model, teacher))
+        kl = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none").sum(1)
+        return {"agreement": logits.argmax(1) == wanted.argmax(1), "kl": kl}
 
     def loss(self, model: nn.Module, batch: Any, teacher: nn.Module | None) -> tuple[Tensor, Logs]:
         """Return the mixture; its parts are logged as "kl" and "blocks"."""
