@@ -1,5 +1,4 @@
-"""Convert a timm ViT to linear attention, see what changed, save it, and load it back: `python examples/convert_timm.py`.
-"""
+"""Convert a timm ViT to linear attention, see what changed, save it and load it: `python examples/convert_timm.py`."""
 
 import timm
 import torch
