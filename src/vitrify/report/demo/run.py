@@ -34,8 +34,8 @@ from vitrify.train import Task, TrainConfig, finetune, make_task, read_metrics
 
 MODEL = "vit_mini_patch2_28"
 RECIPE = recipes.taylor()
-"""The low-rank part alone, distilled: in `experiments/vitality` a short fine-tuning gains more by it than by the paper's
-sparse part."""
+"""The low-rank part alone, distilled: in `experiments/vitality` a short fine-tuning gains more that way than with the
+paper's sparse part."""
 TRAINING: dict[str, Any] = {
     "objective": "distill",
     "distill_features_weight": 1.0,
