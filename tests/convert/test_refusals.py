@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from convert_helpers import attention_names, vit
 from timm.layers.attention import Attention
@@ -9,6 +10,7 @@ from torch import nn
 
 from vitrify import recipes
 from vitrify.convert import convert_
+from vitrify.errors import InputError
 
 
 def test_a_forward_on_the_instance_is_refused():
@@ -38,3 +40,11 @@ def test_replaced_children_are_refused_and_other_layers_convert():
     assert attention_names(conversion) == ["blocks.3.attn"]
     model.blocks = model.blocks[:2] + model.blocks[3:]
     assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(("wrap", "inner"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
+def test_wrappers_are_not_converted(wrap, inner):
+    wrapper = wrap(vit())
+    with pytest.raises(InputError, match=rf"{type(wrapper).__name__} wraps the model: .*\.{inner}"):
+        convert_(wrapper, recipes.taylor())
+    assert type(getattr(wrapper, inner).blocks[0].attn) is Attention

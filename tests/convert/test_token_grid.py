@@ -116,6 +116,15 @@ def test_converting_again_adds_no_second_hook():
     assert len(model.patch_embed._forward_pre_hooks) == 1
 
 
+def test_a_grid_that_nobody_reads_is_not_watched():
+    model, *_ = convert_pair(vit())
+    model.patch_embed.register_forward_pre_hook(lambda module, args: None)
+    convert_(model, PLAIN, lambda module, name: name == "blocks.0.attn")
+    assert len(model.patch_embed._forward_pre_hooks) == 2  # the other block still reads it
+    convert_(model, PLAIN)
+    assert len(model.patch_embed._forward_pre_hooks) == 1  # the user's own
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_for_any_size_without_breaks(checkpointing):
     model, *_ = convert_pair(vit(dynamic_img_size=True))

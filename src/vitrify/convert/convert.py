@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitrify.convert.adapters import adapter_for, looks_like_attention, no_adapter_reason, qualified_name
-from vitrify.convert.adapters.base import Adapter, adopt, make_core, objection
+from vitrify.convert.adapters.base import Adapter, adopt, make_core, objection, release_grids
 from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.recipe import AttentionSpec, Recipe
 from vitrify.convert.tokens import InputSize, Shape, attention_shapes, check_input_size, default_input_size
@@ -47,8 +47,8 @@ def convert_(
     recipe adds parameters (value_conv). What cannot be converted exactly is refused, and stays as it was. Converting
     again replaces cores. The Conversion is also left on the model as `model._vitrify`.
 
-    Raises InputError, with the model unchanged, if a pattern in `modules` names nothing, or if the model does not take
-    `input_size`.
+    Raises InputError, with the model unchanged, if a pattern in `modules` names nothing, if the model does not take
+    `input_size`, or if it is the wrapper of torch.compile or (Distributed)DataParallel around a model.
 
     >>> import timm, torch
     >>> model = timm.create_model("deit_tiny_patch16_224")
@@ -57,15 +57,28 @@ def convert_(
     """
     if not isinstance(recipe, Recipe):
         raise InputError(f"recipe must be a Recipe, such as vitrify.recipes.vitality(), not {recipe!r}")
+    _check_not_wrapped(model)
     size = None if input_size is None else check_input_size(input_size)
     conversion = Conversion(recipe)
     sites = _plan(model, recipe, filter_fn, conversion)
     shapes = _shapes(model, sites, size, conversion) if recipe.keep_if_costlier else {}
     for site in sites:
         _apply(model, site, shapes.get(site.name), conversion)
+    release_grids(model)
     conversion.applied = _left_standing(model, sites, conversion) | conversion.applied
     model._vitrify = conversion  # type: ignore[assignment]  # a plain attribute, which nn.Module's types do not foresee
     return conversion
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Refuse wrappers: the Conversion belongs on the model inside, which is what is saved and what has the names."""
+    parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    inner = "module" if parallel else "_orig_mod"
+    if parallel or isinstance(getattr(model, inner, None), nn.Module):
+        raise InputError(
+            f"{type(model).__name__} wraps the model: convert first, and compile or parallelise after that "
+            f"(or convert its `.{inner}` and wrap that again)"
+        )
 
 
 def _plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFn | None, conversion: Conversion) -> list[_Site]:
@@ -136,6 +149,7 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
             conversion.kept.append(site.change(kept))
             if isinstance(site.module, Adapter):
                 adopt(site.module, site.adapter, site.adapter.softmax_core(site.module))
+                _record(site, AttentionSpec(), conversion)
             return
         detail += f"; {tokens}: {before:,} -> {after:,} multiplications per head"
     grid: TokenGrid | str | None = None
@@ -146,7 +160,13 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
         return
     adopt(site.module, site.adapter, core, site.spec.value_conv, grid)
     conversion.changed.append(site.change(detail))
-    conversion.applied[site.name] = site.spec
+    _record(site, site.spec, conversion)
+
+
+def _record(site: _Site, spec: AttentionSpec, conversion: Conversion) -> None:
+    """Note what the module now is, for the model's record and on the module, where a later call on a part shows."""
+    conversion.applied[site.name] = spec
+    site.module.attention_spec = spec  # type: ignore[assignment]  # a plain attribute
 
 
 def _left_standing(model: nn.Module, sites: list[_Site], conversion: Conversion) -> dict[str, AttentionSpec]:

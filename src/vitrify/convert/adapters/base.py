@@ -28,6 +28,8 @@ class Adapter(CoreAttention):
 
     source: ClassVar[type[nn.Module]]
     token_grid: TokenGrid | None
+    attention_spec: AttentionSpec
+    """What `convert_` last made of this module, by whichever call."""
 
     if TYPE_CHECKING:
         # What the source class owns; model libraries ship no types.
@@ -154,6 +156,17 @@ def watching(module: nn.Module, cls: type[TokenGrid]) -> Any:
     """Return the grid whose hook is already on `module`, so that converting again does not add a second one."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, cls)), None)
+
+
+def release_grids(model: nn.Module) -> None:
+    """Remove the hooks of token grids that no attention in `model` reads any more."""
+    adapters = [m for m in model.modules() if isinstance(m, Adapter)]
+    in_use = {id(m.token_grid) for m in adapters if m.value_conv is not None}
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, TokenGrid) and id(owner) not in in_use:
+                del module._forward_pre_hooks[key]
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
