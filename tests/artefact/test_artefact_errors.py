@@ -44,6 +44,18 @@ def test_below_a_regular_file(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_model_converted_in_part_is_not_saved_as_unconverted(tmp_path):
+    model = create_model("vit_mini_patch2_28")
+    convert_(model.blocks, recipes.taylor())
+    with pytest.raises(InputError, match=r"4 of its modules \(blocks\.0\.attn.*convert the whole model"):
+        save(model, tmp_path / "artefact")
+    convert_(model, recipes.taylor())
+    save(model, tmp_path / "artefact")
+    convert_(model.blocks[0], recipes.softmax())
+    with pytest.raises(InputError, match=r"1 of its modules \(blocks\.0\.attn\)"):
+        save(model, tmp_path / "artefact")
+
+
 def test_onto_a_regular_file(model, tmp_path):
     (tmp_path / "artefact").write_text("mine")
     with pytest.raises(InputError, match="is a file"):

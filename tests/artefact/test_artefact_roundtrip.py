@@ -115,6 +115,27 @@ def test_partial_conversion_comes_back_as_it_was(tmp_path):
     assert loaded._vitrify.recipe == recipes.vitality()
 
 
+def test_the_reasons_come_back(tmp_path):
+    """What was kept for its cost, filtered out or refused is still so after loading, and not 'left out by a filter'."""
+    model = create_model("vit_mini_patch2_28")
+    model.blocks[0].attn.attn_drop.p = 0.5
+    recipe = Recipe("mine", "taylor", modules={"blocks.1.*": "softmax"})
+    conversion = convert_(model, recipe, lambda _, name: "2" not in name)
+    conversion.notes.append("a note")
+    assert all((conversion.changed, conversion.kept, conversion.refused))
+    save(model, tmp_path / "a")
+    assert load(tmp_path / "a")._vitrify == conversion
+
+
+def test_a_model_given_back_its_softmax_for_the_cost_comes_back(tmp_path):
+    model = create_model("vit_mini_patch2_28")
+    convert_(model, Recipe("all", "taylor", keep_if_costlier=False))
+    assert len(convert_(model, recipes.taylor(), input_size=(1, 28, 28)).changed) == 4
+    model.set_input_size((8, 8))
+    assert len(convert_(model, recipes.taylor(), input_size=(1, 8, 8)).kept) == 4
+    assert_round_trip(model, tmp_path / "a", torch.randn(2, 1, 8, 8))
+
+
 def test_two_conversions_in_a_row_both_come_back(tmp_path):
     model = create_model("vit_mini_patch2_28")
     convert_(model, recipes.taylor(), lambda _, name: name.startswith("blocks.0"))

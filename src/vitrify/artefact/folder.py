@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 import vitrify
 from vitrify.artefact.atomic import replacing
-from vitrify.artefact.builders import describe, rebuild
+from vitrify.artefact.builders import describe, rebuild, record_as_loaded, record_to_save
 from vitrify.artefact.checkpoints import mismatch, read_safetensors
-from vitrify.convert import Recipe, convert_
+from vitrify.convert import AttentionSpec, Change, Conversion, Recipe, convert_
 from vitrify.convert.adapters.base import Adapter
 from vitrify.errors import InputError
 
 FORMAT = "vitrify-artefact"
 FORMAT_VERSION = 1
 WEIGHTS, RECIPE, CONFIG = "model.safetensors", "recipe.json", "config.json"
+_REASONS = ("changed", "kept", "refused", "notes")
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -33,12 +34,15 @@ def save(model: nn.Module, path: str | Path) -> Path:
     unless empty. A model that vitrify cannot build again (see `create_model`) is written with a warning: `load` then
     needs `model=`.
 
-    Raises InputError where `path` holds something else; VitrifyError where it cannot be written (disk full, read-only),
-    in which case nothing is left behind.
+    Raises InputError where `path` holds something else, or where `convert_` was called on a part of the model, so that
+    the model's own record does not say what it is; VitrifyError where it cannot be written (disk full, read-only), in
+    which case nothing is left behind.
     """
     model = _unwrapped(model)
     conversion = getattr(model, "_vitrify", None)
-    builder = _builder(model, {name for name, module in model.named_modules() if isinstance(module, Adapter)})
+    converted = {n: module.attention_spec for n, module in model.named_modules() if isinstance(module, Adapter)}
+    _check_recorded(converted, {} if conversion is None else conversion.applied)
+    builder = _builder(model, set(converted))
     if builder["library"] == "caller":
         warnings.warn(
             f"{path}: only `vitrify.load(path, model=...)` will read this artefact, since {builder['reason']}",
@@ -51,7 +55,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "vitrify_version": vitrify.__version__,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "builder": builder,
-        "conversion": conversion and {"resolved": conversion.resolved.to_dict(), "input_size": conversion.input_size},
+        "conversion": conversion and _conversion_record(conversion),
         "aliases": aliases,
     }
     recipe = conversion.recipe.to_dict() if conversion else None
@@ -86,8 +90,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{path / WEIGHTS} does not fit {type(model).__name__} with this recipe: {problem}")
     _adopt_dtypes(model, tensors)
     model.load_state_dict(tensors, strict=True)
-    if not hasattr(model, "_vitrify_builder"):
-        model._vitrify_builder = config["builder"]
+    record = record_as_loaded(config["builder"], model, path)
+    if record["library"] != "caller" or not hasattr(model, "_vitrify_builder"):
+        model._vitrify_builder = record  # type: ignore[assignment]
     return model.eval()
 
 
@@ -126,9 +131,25 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _check_recorded(converted: dict[str, AttentionSpec], recorded: dict[str, AttentionSpec]) -> None:
+    names = converted.keys() | recorded.keys()
+    if differing := sorted(name for name in names if converted.get(name) != recorded.get(name)):
+        listed = ", ".join(name or "(the model)" for name in differing[:5])
+        raise InputError(
+            f"the model's record of its conversion is wrong about {len(differing)} of its modules ({listed}), so it "
+            "could not be loaded again: convert the whole model, with convert_(model, recipe, filter_fn), not a part"
+        )
+
+
+def _conversion_record(conversion: Conversion) -> dict[str, Any]:
+    content = conversion.to_dict()
+    kept = ("input_size", *_REASONS)
+    return {"resolved": conversion.resolved.to_dict(), **{name: content[name] for name in kept}}
+
+
 def _builder(model: nn.Module, converted: set[str]) -> dict[str, Any]:
     try:
-        record = describe(model, converted)
+        record = record_to_save(describe(model, converted), model)
         json.dumps(record)
     except (InputError, TypeError) as error:
         # Losing a trained model because it cannot be built by name would be worse than needing `model=` later.
@@ -219,6 +240,10 @@ def _convert_as_saved(model: nn.Module, recipe: Recipe | None, converted: Any, p
         )
     size = converted["input_size"]
     conversion.recipe, conversion.input_size = recipe, None if size is None else tuple(size)
+    # What this conversion says of filters and costs is about the resolved recipe; the saved one knew the reasons.
+    for group in ("changed", "kept", "refused"):
+        setattr(conversion, group, [Change(**change) for change in converted.get(group, [])])
+    conversion.notes = list(converted.get("notes", []))
 
 
 def _adopt_dtypes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
