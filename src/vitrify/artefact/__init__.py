@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from vitrify.artefact.builders import create_model, input_config, rebuild_original
+from vitrify.artefact.builders import create_model, input_config, is_plain, mark_trained, rebuild_original
 from vitrify.artefact.checkpoints import load_weights, read_checkpoint
 from vitrify.artefact.folder import check_target, is_artefact, load, save
 
@@ -17,8 +17,10 @@ __all__ = [
     "create_model",
     "input_config",
     "is_artefact",
+    "is_plain",
     "load",
     "load_weights",
+    "mark_trained",
     "read_checkpoint",
     "rebuild_original",
     "save",

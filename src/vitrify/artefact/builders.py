@@ -39,11 +39,12 @@ def create_model(
         model = hf_models.build(name.removeprefix(_HF_PREFIX), arguments, pretrained=pretrained)
     else:
         model = timm_models.build(name, arguments, pretrained=pretrained)
+    new_head = pretrained and not is_transformers(model) and timm_models.has_new_head(model)
     if checkpoint is not None:
         checkpoint = Path(checkpoint).resolve()
-        load_weights(model, read_checkpoint(checkpoint), checkpoint)
+        new_head = load_weights(model, read_checkpoint(checkpoint), checkpoint)
     # With it `save` knows the arguments, and `vitrify eval --against original` finds the unconverted weights again.
-    origin = {"name": name, "arguments": arguments, "pretrained": pretrained}
+    origin = {"name": name, "arguments": arguments, "pretrained": pretrained, "new_head": new_head}
     model._vitrify_builder = {  # type: ignore[assignment]
         "arguments": arguments,
         "origin": {**origin, "checkpoint": None if checkpoint is None else str(checkpoint)},
@@ -82,16 +83,58 @@ def rebuild(record: Mapping[str, Any]) -> nn.Module:
 def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
     """Build the unconverted model of a record with the weights it had before any fine-tuning.
 
-    Raises InputError where the record does not say where those weights came from.
+    Raises InputError where the record does not say where those weights came from, or they cannot be had again.
     """
     origin = record.get("origin") or {}
+    instead = "give the original itself, an artefact folder or a checkpoint file (--teacher or --against PATH)"
+    if record.get("trained"):
+        raise InputError(
+            f"this model was trained unconverted, so its original is not the one it was built as: {instead}"
+        )
+    if path := origin.get("artefact"):
+        # `folder` is built on this module.
+        from vitrify.artefact.folder import load  # noqa: PLC0415
+
+        return load(path)
+    if origin.get("new_head"):
+        raise InputError(
+            f"the original had a new, random classifier of {origin['arguments'].get('num_classes')} classes, which "
+            f"is on record nowhere: {instead}"
+        )
     if not origin.get("pretrained") and not origin.get("checkpoint"):
         raise InputError(
             "it is not known where the original weights came from (neither `pretrained` nor a checkpoint was given "
-            "when the model was built): give the original itself, an artefact folder or a checkpoint file"
+            f"when the model was built): {instead}"
         )
     settings = {key: origin[key] for key in ("pretrained", "checkpoint")}
     return create_model(origin["name"], **settings, **origin["arguments"]).eval()
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Say whether a model computes what it did before any conversion: its attention is softmax."""
+    conversion = getattr(model, "_vitrify", None)
+    applied = {} if conversion is None else conversion.applied
+    return all(spec.core == "softmax" and not spec.value_conv for spec in applied.values())
+
+
+def mark_trained(model: nn.Module) -> None:
+    """Note that a model was trained: if it is plain, the weights it was built with are nobody's original any more."""
+    if is_plain(model):
+        model._vitrify_builder = {**(getattr(model, "_vitrify_builder", None) or {}), "trained": True}  # type: ignore[assignment]
+
+
+def record_as_loaded(record: Mapping[str, Any], model: nn.Module, path: Path) -> dict[str, Any]:
+    """Return the record of `model`, read from the artefact at `path`: trained and plain, that is where it begins."""
+    if record.get("trained") and is_plain(model):
+        return {**record, "origin": {"artefact": str(path.resolve())}}
+    return dict(record)
+
+
+def record_to_save(record: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the record of `model`: converted after it was read as trained, it has an original again, on disk."""
+    if "artefact" in (record.get("origin") or {}) and not is_plain(model):
+        return {key: value for key, value in record.items() if key != "trained"}
+    return dict(record)
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:

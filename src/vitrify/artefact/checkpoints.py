@@ -117,22 +117,26 @@ def _listed(what: str, items: list[str]) -> str:
     return f"{len(items)} {what}{'s' if len(items) > 1 else ''}: {', '.join(items[:5])}{rest}"
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> bool:
     """Load `tensors` into `model`, strictly, after what the model's own library does to published checkpoints.
 
     Where names or shapes differ, timm's filter for the model's family is tried (it renames the keys of the original
     releases and resamples position embeddings to another image size). A classifier of another width is left out, with
     a warning, since that is what fine-tuning to new classes means. `source` is named in errors.
 
+    Returns whether a classifier was left out: the model's own is then as it was.
+
     Raises InputError that lists the missing and unexpected keys.
     """
     tensors = dict(tensors)
     expected = model.state_dict()
+    left_out = False
     if mismatch(expected, tensors):
-        tensors = _without_classifier(model, _family_filter(model, tensors))
+        tensors, left_out = _without_classifier(model, _family_filter(model, tensors))
     if problem := mismatch(expected, tensors):
         raise InputError(f"{source} does not fit {type(model).__name__}: {problem}")
     model.load_state_dict({**expected, **tensors}, strict=True)
+    return left_out
 
 
 def _family_filter(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,22 +149,23 @@ def _family_filter(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
         return tensors
 
 
-def _without_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the classifier's own initial weights where the checkpoint's has another number of classes."""
+def _without_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Give the classifier's own initial weights where the checkpoint's has another number of classes; say if so."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     expected = model.state_dict()
-    result = dict(tensors)
+    result, left_out = dict(tensors), False
     for name in (names,) if isinstance(names, str) else names:
         keys = [f"{name}.weight", f"{name}.bias"]
         if not any(key in tensors and _shape(expected.get(key)) != tensors[key].shape for key in keys):
             continue
         classes = tensors[keys[0]].shape[0] if keys[0] in tensors else "other"
         warnings.warn(f"the checkpoint's classifier {name!r} ({classes} classes) was left out", stacklevel=4)
+        left_out = True
         for key in keys:
             result.pop(key, None)
             if key in expected:
                 result[key] = expected[key]
-    return result
+    return result, left_out
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

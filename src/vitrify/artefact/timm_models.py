@@ -92,6 +92,12 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return (_in_chans(model) or channels, *(_img_size(model) or (height, width)))
 
 
+def has_new_head(model: nn.Module) -> bool:
+    """Say whether this model, built with published weights, has a classifier of another width: a random one."""
+    classes: Any = getattr(model, "num_classes", 0)
+    return bool(classes) and classes != model.pretrained_cfg["num_classes"]  # type: ignore[index]
+
+
 def _depth(model: nn.Module) -> int | None:
     blocks = getattr(model, "blocks", None)
     return len(blocks) if isinstance(blocks, nn.Sequential) else None

@@ -28,6 +28,7 @@ EPILOG = (
 )
 _OPTIMISER, _REGULARISATION = "Optimiser", "Augmentation and regularisation"
 _RUN = "The run"
+_MIN_LR = 1e-6
 
 
 def finetune(  # the command line's options; all but the model are given by name
@@ -58,6 +59,12 @@ def finetune(  # the command line's options; all but the model are given by name
     epochs: Annotated[int, typer.Option(help="Passes over the images.", rich_help_panel=_OPTIMISER)] = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel=_OPTIMISER)] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_OPTIMISER)] = 5e-4,
+    min_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate at the end.", show_default="1e-6, or --lr if lower", rich_help_panel=_OPTIMISER
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_OPTIMISER)] = 0.05,
     warmup_epochs: Annotated[float, typer.Option(help="Then cosine.", rich_help_panel=_OPTIMISER)] = 0.5,
     clip_grad: Annotated[float, typer.Option(help="Largest gradient norm.", rich_help_panel=_OPTIMISER)] = 1.0,
@@ -85,6 +92,7 @@ def finetune(  # the command line's options; all but the model are given by name
     limit_train: Annotated[int | None, typer.Option(help="Train on so many images only.", rich_help_panel=_RUN)] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=_RUN)] = None,
     num_workers: Annotated[int, typer.Option(help="Processes that load images.", rich_help_panel=_RUN)] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between lines in metrics.jsonl.", rich_help_panel=_RUN)] = 20,
     checkpoint_every_s: Annotated[
         float, typer.Option(help="Seconds between checkpoints.", rich_help_panel=_RUN)
     ] = 60.0,
@@ -107,11 +115,17 @@ def finetune(  # the command line's options; all but the model are given by name
     Each epoch is evaluated on the test (or val) images. Progress goes to the terminal and to OUTPUT/metrics.jsonl.
     """
     given = dict(locals())
+    import torch
+
     from vitrify import train
 
+    run = train.finetune  # first of all: without accelerate nothing else need be done
+    given["min_lr"] = min(_MIN_LR, lr) if min_lr is None else min_lr
     settings = {field.name for field in dataclasses.fields(train.TrainConfig)}
     config = train.TrainConfig(**{name: value for name, value in given.items() if name in settings})
     use_device(device)
+    # New heads are drawn when the model is built, and a resumed run must start from the same ones.
+    torch.manual_seed(config.seed)
     weights = ("pretrained", "checkpoint", "img_size", "num_classes", "in_chans")
     student, guide = prepare(
         model, recipe, teacher if objective != "labels" else None, {name: given[name] for name in weights}
@@ -119,11 +133,11 @@ def finetune(  # the command line's options; all but the model are given by name
     task = train.make_task(
         config,
         options.open_data(data, "train", student, on_error=on_error, augment=augment),
-        options.open_data(data, "test", student, on_error=on_error),
+        _open_evaluation(data, student, on_error, needs_labels=objective != "features"),
     )
     typer.echo(f"training on {getattr(task.train_dataset, 'source', data)}", err=True)
     try:
-        result = train.finetune(student, task, config, output, teacher=guide, resume="auto" if resume else "never")
+        result = run(student, task, config, output, teacher=guide, resume="auto" if resume else "never")
     except KeyboardInterrupt as interruption:
         typer.echo(f"\n{interruption or 'interrupted'}\nthe same command resumes from {output}", err=True)
         raise typer.Exit(130) from None
@@ -131,6 +145,15 @@ def finetune(  # the command line's options; all but the model are given by name
         for path, reason in getattr(dataset, "skipped", ()):
             typer.echo(f"skipped {path}: {reason}", err=True)
     _print_result(output, result)
+
+
+def _open_evaluation(data: str, student: nn.Module, on_error: str, *, needs_labels: bool) -> Any:
+    """Return the test images; where they lack labels that are needed, the val images if these have some."""
+    test = options.open_data(data, "test", student, on_error=on_error)
+    if test.labelled or not needs_labels:
+        return test
+    val = options.open_data(data, "val", student, on_error=on_error)
+    return val if val.labelled else test
 
 
 def use_device(name: str) -> None:
@@ -146,19 +169,18 @@ def prepare(
 ) -> tuple[nn.Module, nn.Module | None]:
     """Return the student, converted, and its teacher (None if none is asked for)."""
     from vitrify import recipes
-    from vitrify.artefact import input_config
+    from vitrify.artefact import input_config, is_plain
     from vitrify.cli.eval import find_original
     from vitrify.cli.show import print_conversion
     from vitrify.convert import convert_
 
     student = options.load_model(spec, **wanted)
-    is_converted = hasattr(student, "_vitrify")
     guide: nn.Module | None = None
-    if teacher == "original" and not is_converted:
+    if teacher == "original" and is_plain(student):
         guide = copy.deepcopy(student)
     elif teacher is not None:
         guide = find_original(student, teacher)
-    if recipe is not None or not is_converted:
+    if recipe is not None or not hasattr(student, "_vitrify"):
         chosen = recipes.get(recipe or "vitality")
         conversion = convert_(student, chosen, input_size=input_config(student)["input_size"])
         print_conversion(conversion, stderr=True)

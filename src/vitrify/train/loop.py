@@ -246,6 +246,7 @@ class Trainer:
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         self.model.eval()
+        artefact.mark_trained(self.model)
         if self.accelerator.is_main_process:
             artefact.save(self.model, self.folder.model)
         self.accelerator.wait_for_everyone()
