@@ -32,6 +32,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scal
             state = _learn(k.index_select(1, valid), v.index_select(1, valid), scale)
         _apply(q, state.M, state.vbar, z)
         states.append(state)
+    if len(states) == 1:
+        return out, AffineState(*(tensor.unsqueeze(axis) for tensor in states[0]))
     return out, AffineState(*(torch.stack(tensors, axis) for tensors in zip(*states, strict=True)))
 
 
@@ -46,7 +48,7 @@ def backward(
         _apply(dz, M.mT, None, dq)
         valid = None if keep is None else keep[i].nonzero()[:, 0]
         n = k.shape[1] if valid is None else max(len(valid), 1)
-        dM = _product(q, dz, M.dtype).mul_(scale / n)
+        dM = _product(q, dz, scale / n, M.dtype)
         mean_dz = dz.sum(-2, keepdim=True, dtype=M.dtype).div_(n)
         for x, offset, matrix, bias, target in ((v, vbar, dM.mT, None, dk), (k, kbar, dM, mean_dz, dv)):
             if valid is None:
@@ -74,36 +76,46 @@ def _axis(query: Tensor, keep: Tensor | None) -> int:
 
 def _learn(key: Tensor, value: Tensor, scale: float) -> AffineState:
     """Return M, kbar and vbar of keys (G, n, D) and values (G, n, Dv), all valid; zeros if n is 0."""
-    n, wide = max(key.shape[1], 1), aten.accumulate_dtype(key.dtype)
-    kbar = key.sum(-2, keepdim=True, dtype=wide).div_(n)
-    vbar = value.sum(-2, keepdim=True, dtype=wide).div_(n)
-    return AffineState(_product(key, value, wide, kbar, vbar).mul_(scale / n), kbar, vbar)
+    n, wide = key.shape[1], aten.accumulate_dtype(key.dtype)
+    if n == 0:
+        return AffineState(*(key.new_zeros(len(key), *size, dtype=wide) for size in _state_sizes(key, value)))
+    kbar, vbar = key.mean(-2, keepdim=True, dtype=wide), value.mean(-2, keepdim=True, dtype=wide)
+    return AffineState(_product(key, value, scale / n, wide, kbar, vbar), kbar, vbar)
+
+
+def _state_sizes(key: Tensor, value: Tensor) -> tuple[tuple[int, int], ...]:
+    return (key.shape[2], value.shape[2]), (1, key.shape[2]), (1, value.shape[2])
 
 
 def _product(
-    left: Tensor, right: Tensor, wide: torch.dtype, lbar: Tensor | None = None, rbar: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    factor: float,
+    wide: torch.dtype,
+    lbar: Tensor | None = None,
+    rbar: Tensor | None = None,
 ) -> Tensor:
-    """Return (left - lbar)^T (right - rbar), summed over the tokens (axis 1) block by block."""
+    """Return factor * (left - lbar)^T (right - rbar), summed over the tokens (axis 1) block by block."""
     step = _block_tokens(left, right)
-    left_buffer, right_buffer = _buffer(left, step, wide, lbar), _buffer(right, step, wide, rbar)
+    left_buffer, right_buffer = _buffer(left, step, wide), _buffer(right, step, wide)
     total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=wide)
     for x, y in zip(_blocks(left, step), _blocks(right, step), strict=True):
-        total.baddbmm_(_load(x, lbar, left_buffer).mT, _load(y, rbar, right_buffer))
+        total.baddbmm_(_load(x, lbar, left_buffer, wide).mT, _load(y, rbar, right_buffer, wide), alpha=factor)
     return total
 
 
 def _apply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor, offset: Tensor | None = None) -> None:
     """out = bias + (x - offset) matrix, block by block; x and out may be narrower than `matrix`."""
     step = _block_tokens(x, out)
-    x_buffer, out_buffer = _buffer(x, step, matrix.dtype, offset), _buffer(out, step, matrix.dtype)
+    buffer = _buffer(x, step, matrix.dtype)
     for source, target in zip(_blocks(x, step), _blocks(out, step), strict=True):
-        block = _load(source, offset, x_buffer)
-        product = target if out_buffer is None else out_buffer[:, : target.shape[1]]
+        block = _load(source, offset, buffer, matrix.dtype)
+        product = target if target.dtype == matrix.dtype else torch.empty_like(target, dtype=matrix.dtype)
         if bias is None:
             torch.bmm(block, matrix, out=product)
         else:
             torch.baddbmm(bias, block, matrix, out=product)
-        if out_buffer is not None:
+        if product is not target:
             target.copy_(product)
 
 
@@ -115,16 +127,19 @@ def _block_tokens(*tensors: Tensor) -> int:
     return max(64, BLOCK // max(1, *(t.shape[0] * t.shape[2] for t in tensors)))
 
 
-def _buffer(x: Tensor, tokens: int, wide: torch.dtype, offset: Tensor | None = None) -> Tensor | None:
-    """Return memory for a block of `x` in dtype `wide`, or None if blocks can be used where they are."""
-    if offset is None and x.dtype == wide:
+def _buffer(x: Tensor, tokens: int, wide: torch.dtype) -> Tensor | None:
+    """Return memory for one block of `x` in dtype `wide`, or None if `x` is a single block."""
+    if x.shape[1] <= tokens:
         return None
     # empty_like keeps the order of the input's strides, so that rows of all heads are read as they lie.
     return torch.empty_like(x[:, :tokens], dtype=wide)
 
 
-def _load(block: Tensor, offset: Tensor | None, buffer: Tensor | None) -> Tensor:
-    if buffer is None:
+def _load(block: Tensor, offset: Tensor | None, buffer: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Return block - offset in dtype `wide`, in `buffer` if there is one; the block itself if it will do."""
+    memory = None if buffer is None else buffer[:, : block.shape[1]]
+    if offset is not None:
+        return torch.sub(block, offset, out=memory)
+    if block.dtype == wide:
         return block
-    memory = buffer[:, : block.shape[1]]
-    return memory.copy_(block) if offset is None else torch.sub(block, offset, out=memory)
+    return block.to(wide) if memory is None else memory.copy_(block)
