@@ -47,6 +47,10 @@ bench: $(STAMP)
 
 experiments: $(STAMP)
 	$(BIN)/python experiments/vitality/run.py
+	$(BIN)/python experiments/vitality/run.py --rows softmax taylor_squares squares_conv5_distill --seeds 1 2
+	$(BIN)/python experiments/vitality/logits.py
+	$(BIN)/python -m pip install --quiet elpv-dataset
+	$(BIN)/python experiments/vitality/elpv.py
 
 clean:
 	rm -rf $(VENV) build dist demo-output

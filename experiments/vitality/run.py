@@ -50,9 +50,10 @@ def main() -> None:
             zero_shot(name, row["recipe"], table["common"])
         commands = {f"{name}-s{seed}": command(name, table, seed) for seed in args.seeds for name in args.rows}
         with ThreadPoolExecutor(args.jobs) as pool:
-            failed = [name for name, ok in zip(commands, pool.map(run, commands, commands.values()), strict=True) if not ok]
+            succeeded = list(pool.map(run, commands, commands.values()))
+        failed = [name for name, ok in zip(commands, succeeded, strict=True) if not ok]
         if failed:
-            print(f"failed: {', '.join(failed)} (see the logs in {RUNS})", file=sys.stderr)
+            sys.exit(f"failed: {', '.join(failed)} (see the logs in {RUNS})")
     results = collect(table)
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(render(results))
@@ -98,7 +99,7 @@ def zero_shot(name: str, recipe_name: str, common: list[str]) -> None:
     data = common[common.index("--data") + 1]
     tested = ["eval", str(folder), "--data", data, "--json", str(result)]
     if not (vitrify(converted, log) and vitrify(tested, log)):
-        print(f"failed: {name} (see {log})", file=sys.stderr)
+        sys.exit(f"failed: {name} (see {log})")
 
 
 def collect(table: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,10 @@ def collect(table: dict[str, Any]) -> dict[str, Any]:
     for name, row in table["zero_shot"].items():
         path = RUNS / f"{name}.json"
         if path.exists():
-            rows[name] = {"what": row["what"], "top1": {"none": json.loads(path.read_text())["accuracy"] / 100}}
+            accuracy = json.loads(path.read_text())["accuracy"] / 100
+            convert = f"vitrify convert {MODEL} --pretrained --recipe {recipe(row['recipe'])} --output runs/{name}"
+            test = f"vitrify eval runs/{name} --data fashion-mnist"
+            rows[name] = {"what": row["what"], "command": f"{convert} && {test}", "top1": {"none": accuracy}}
     for name, row in table["rows"].items():
         top1, density = {}, {}
         for folder in sorted(RUNS.glob(f"{name}-s*/")):
