@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from convert_helpers import build, vit
 from timm.layers.attention import Attention
 
+from vitrify.bench.observe import attention_multiplications
 from vitrify.convert import AttentionSpec, Recipe, convert_
 from vitrify.errors import InputError
 
@@ -114,6 +115,21 @@ def test_converting_again_adds_no_second_hook():
     model, *_ = convert_pair(vit())
     convert_(model, CONV)
     assert len(model.patch_embed._forward_pre_hooks) == 1
+
+
+def test_the_convolution_is_counted_and_can_make_taylor_the_costlier():
+    # 16 tokens, heads of 8: softmax 16 * 16 * 16, Taylor 32 * 8 * 8, the convolution 9 or 25 times 16 * 8.
+    model = vit(class_token=False, global_pool="avg")
+    conversion = convert_(model, Recipe("three", AttentionSpec("taylor", value_conv=3)))
+    assert "4,096 -> 3,200 multiplications per head" in conversion.changed[0].detail
+    assert attention_multiplications(model, torch.randn(2, 3, 32, 32)) == 2 * 3 * 3200
+    five = convert_(vit(class_token=False, global_pool="avg"), Recipe("five", AttentionSpec("taylor", value_conv=5)))
+    assert "taylor would multiply 5,248 times per head, softmax 4,096" in five.kept[0].detail
+    # Beside softmax it is asked for as such: there is nothing cheaper to keep.
+    beside = Recipe(
+        "beside", AttentionSpec("taylor", value_conv=3), {"blocks.0.*": AttentionSpec("sparse", value_conv=5)}
+    )
+    assert len(convert_(vit(class_token=False, global_pool="avg"), beside).changed) == 2
 
 
 def test_a_grid_that_nobody_reads_is_not_watched():

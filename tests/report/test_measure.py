@@ -3,10 +3,11 @@ import timm
 import torch
 from torch.utils.data import TensorDataset
 
+from vitrify.bench.observe import attention_multiplications
 from vitrify.convert import convert_, recipes
 from vitrify.errors import VitrifyError
 from vitrify.nn.cores import Taylor
-from vitrify.report.measure import Accuracy, attention_multiplications, compare, predict
+from vitrify.report.measure import Accuracy, compare, predict
 
 
 @pytest.fixture(scope="module")

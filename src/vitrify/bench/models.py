@@ -90,12 +90,12 @@ def cost(model: nn.Module, images: Tensor) -> Cost:
 
     def count(core: cores.Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal attention_flops
-        attention_flops += 2 * core_multiplications(core, *args[:3])
+        attention_flops += 2 * core_multiplications(core, args, kwargs)
 
     with observe_cores(model, count), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     kinds = counter.get_flop_counts()["Global"]
-    # bmm and SDPA appear in attention only, which `count` has counted from its formula.
+    # bmm and SDPA appear in attention only, which `count` has counted from its formula; value_convs are convolutions.
     layers = sum(flops for op, flops in kinds.items() if any(kind in str(op) for kind in LAYER_OPS))
     moved = sum(parameter.nbytes for parameter in model.parameters()) + images.nbytes
     return Cost(flops=layers + attention_flops, bytes_moved=moved)

@@ -13,7 +13,7 @@ from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.recipe import AttentionSpec, Recipe
 from vitrify.convert.tokens import InputSize, Shape, attention_shapes, check_input_size, default_input_size
 from vitrify.errors import InputError, unknown
-from vitrify.nn import TokenGrid
+from vitrify.nn import TokenGrid, ValueConv
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -140,11 +140,11 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
     detail = f"{site.spec}; {remark}" if remark else str(site.spec)
     if shape is not None:
         sizes = (shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim)
-        before, after = site.adapter.softmax_core(site.module).multiplications(*sizes), core.multiplications(*sizes)
-        if shape.has_bias and site.spec.bias == "carry" and site.spec.core in ("taylor", "taylor_sparse"):
-            after += shape.num_queries * shape.num_keys * shape.value_dim
+        before = site.adapter.softmax_core(site.module).multiplications(*sizes)
+        after = core.multiplications(*sizes, biased=shape.has_bias)
+        after += ValueConv.multiplications(site.spec.value_conv, shape.num_keys, shape.value_dim)
         tokens = f"{shape.num_queries} queries, {shape.num_keys} keys"
-        if after > before:
+        if after > before and site.spec.core in ("taylor", "taylor_sparse"):
             kept = f"{tokens}: {site.spec.core} would multiply {after:,} times per head, softmax {before:,}"
             conversion.kept.append(site.change(kept))
             if isinstance(site.module, Adapter):

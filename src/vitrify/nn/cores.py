@@ -49,8 +49,10 @@ class Core(nn.Module):
         """Attend; shapes at the top of this file."""
         raise NotImplementedError
 
-    def multiplications(self, num_queries: int, num_keys: int, key_dim: int, value_dim: int) -> int:
-        """Return the multiplications of one head at inference, without bias: here q k^T and its product with V."""
+    def multiplications(
+        self, num_queries: int, num_keys: int, key_dim: int, value_dim: int, *, biased: bool = False
+    ) -> int:
+        """Return the multiplications of one head at inference: here q k^T and its product with V; a bias costs none."""
         return num_queries * num_keys * (key_dim + value_dim)
 
 
@@ -165,9 +167,12 @@ class Taylor(Core):
             raise UnsupportedError("a bias on the logits has no place beside the squares term: use squares=False")
         return taylor_attention(query, key, value, attn_mask, scale=scale) + bias_term(bias, value, attn_mask)
 
-    def multiplications(self, num_queries: int, num_keys: int, key_dim: int, value_dim: int) -> int:
-        """Return the multiplications of one head: K^T V and Q M, and as much again for the squares."""
-        return (num_queries + num_keys) * key_dim * value_dim * (2 if self.squares else 1)
+    def multiplications(
+        self, num_queries: int, num_keys: int, key_dim: int, value_dim: int, *, biased: bool = False
+    ) -> int:
+        """Return the multiplications of one head: K^T V and Q M, as much again for the squares, and a carried bias."""
+        carried = num_queries * num_keys * value_dim if biased and self.bias == "carry" else 0
+        return (num_queries + num_keys) * key_dim * value_dim * (2 if self.squares else 1) + carried
 
     def extra_repr(self) -> str:
         """Say which terms it has."""
@@ -245,10 +250,12 @@ class TaylorSparse(Taylor):
             self.density.copy_(density)
         return out
 
-    def multiplications(self, num_queries: int, num_keys: int, key_dim: int, value_dim: int) -> int:
+    def multiplications(
+        self, num_queries: int, num_keys: int, key_dim: int, value_dim: int, *, biased: bool = False
+    ) -> int:
         """Return Taylor's count; without the low-rank part softmax's, an upper bound as density depends on data."""
         if self.low_rank:
-            return super().multiplications(num_queries, num_keys, key_dim, value_dim)
+            return super().multiplications(num_queries, num_keys, key_dim, value_dim, biased=biased)
         return Core.multiplications(self, num_queries, num_keys, key_dim, value_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -72,6 +72,11 @@ class ValueConv(nn.Module):
         )
         nn.init.zeros_(self.conv.weight)
 
+    @staticmethod
+    def multiplications(kernel_size: int, num_tokens: int, value_dim: int) -> int:
+        """Return the multiplications of one head, k^2 n d_v; prefix tokens are counted too, though not convolved."""
+        return kernel_size**2 * num_tokens * value_dim
+
     def forward(
         self,
         value: Tensor,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrify.bench.memory import allocated_peak_mib
 from vitrify.bench.models import check_cores
-from vitrify.bench.observe import core_multiplications, named_cores, observe_cores
+from vitrify.bench.observe import named_cores
 from vitrify.bench.reference import check_attention
 from vitrify.bench.timing import Speedup, Timing, interleave, speedup
 from vitrify.errors import VitrifyError
@@ -43,20 +43,6 @@ def predict(model: nn.Module, dataset: Dataset[Any], *, batch_size: int = 100) -
         predictions.append(model(images).argmax(dim=-1))
         labels.append(truth)
     return torch.cat(predictions), torch.cat(labels)
-
-
-@torch.no_grad()
-def attention_multiplications(model: nn.Module, images: Tensor) -> int:
-    """Return the multiplications per image in all attention cores of a converted model, from their real shapes."""
-    total = 0
-
-    def count(core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal total
-        total += core_multiplications(core, *args[:3])
-
-    with observe_cores(model, count):
-        model(images)
-    return total // len(images)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from vitrify import recipes
 from vitrify.artefact import create_model, input_config
 from vitrify.bench import describe
+from vitrify.bench.observe import attention_multiplications
 from vitrify.convert import convert_
 from vitrify.data import build_transform, load_dataset
 from vitrify.errors import InputError, VitrifyError
@@ -29,7 +30,7 @@ from vitrify.report.capture import logit_histograms
 from vitrify.report.demo import page
 from vitrify.report.demo.pictures import attention_maps, examples, pixels
 from vitrify.report.demo.results import Results
-from vitrify.report.measure import Accuracy, Point, attention_multiplications, compare, predict
+from vitrify.report.measure import Accuracy, Point, compare, predict
 from vitrify.train import Task, TrainConfig, finetune, make_task, read_metrics
 
 MODEL = "vit_mini_patch2_28"
