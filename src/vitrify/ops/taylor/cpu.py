@@ -1,8 +1,8 @@
 """Taylor attention on the CPU: blocks of tokens that stay in the cache, and no copy of any whole input.
 
-Centring needs centred copies of K and V before their product. Made at full size they cost a quarter of the whole (fresh
-pages, and a trip to memory); made block by block in one reused buffer, a tenth. README.md has the measurements. The same
-blocks convert float16 and bfloat16 inputs to float32.
+Centring needs centred copies of K and V before their product. Made at full size they cost a quarter of the whole, in
+fresh pages and trips to memory; made block by block in one reused buffer, a tenth. README.md has the measurements.
+The same blocks convert float16 and bfloat16 inputs to float32.
 """
 
 from __future__ import annotations
