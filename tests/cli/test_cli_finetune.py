@@ -30,10 +30,10 @@ def images(folder, count=4):
         Image.new("L", (28, 28), 60 * index).save(folder / f"{index}.png")
 
 
-def three_classes(folder, **splits):
-    """Splits of three classes, or of unlabelled images: {split: labelled}."""
+def data_set(folder, names=("a", "b", "c"), **splits):
+    """Splits of labelled images, four of each class, or of unlabelled images: {split: labelled}."""
     for split, labelled in splits.items():
-        for name in ("a", "b", "c") if labelled else ("",):
+        for name in names if labelled else ("",):
             images(folder / split / name)
     return str(folder)
 
@@ -56,7 +56,7 @@ def finetune(*arguments):
 
 
 def test_a_new_head_follows_from_the_seed(tmp_path, started):
-    data = three_classes(tmp_path / "data", train=True, test=True)
+    data = data_set(tmp_path / "data", train=True, test=True)
     for seed, state in ((1, 0), (1, 99), (2, 99)):
         torch.manual_seed(state)  # whatever was drawn before must not matter
         given = ["--pretrained", "--num-classes", "3", "--data", data, "--seed", seed, "-o", tmp_path / "run"]
@@ -77,7 +77,7 @@ def test_the_last_rate_is_given_or_fits_the_first(tmp_path, started, given, min_
 
 
 def test_labelled_val_images_are_taken_where_those_of_test_have_no_labels(tmp_path, started):
-    data = three_classes(tmp_path / "data", train=True, val=True, test=False)
+    data = data_set(tmp_path / "data", train=True, val=True, test=False)
     for objective, split in (("labels", "val"), ("features", "test")):
         finetune(
             MINI, "--num-classes", "3", "--data", data, "-o", tmp_path / "run", "--objective", objective, "--pretrained"
@@ -86,7 +86,7 @@ def test_labelled_val_images_are_taken_where_those_of_test_have_no_labels(tmp_pa
 
 
 def test_unlabelled_test_images_alone(tmp_path, capsys):
-    data = three_classes(tmp_path / "data", train=True, test=False)
+    data = data_set(tmp_path / "data", train=True, test=False)
     given = [MINI, "--num-classes", "3", "--data", data, "-o", tmp_path / "run", *QUICK]
     assert finetune(*given) == 2
     message = capsys.readouterr().err
@@ -137,38 +137,44 @@ def test_a_missing_extra_is_named(tmp_path, package, extra, command):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def ten_classes(tmp_path_factory):
+    """As many classes as the model has."""
+    return data_set(tmp_path_factory.mktemp("ten") / "data", "abcdefghij", train=True, test=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, ten_classes):
     """The run of a plain model, by the recipe that changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         run = tmp_path_factory.mktemp("trained") / "run"
-        assert finetune(MINI, "--pretrained", "--recipe", "softmax", "--data", SHIPPED, "-o", run, *QUICK) == 0
+        assert finetune(MINI, "--pretrained", "--recipe", "softmax", "--data", ten_classes, "-o", run, *QUICK) == 0
     return run
 
 
-def test_a_trained_plain_model_is_the_original_of_what_it_is_converted_to(trained, tmp_path):
+def test_a_trained_plain_model_is_the_original_of_what_it_is_converted_to(trained, ten_classes, tmp_path):
     assert main(["convert", str(trained), "--recipe", "taylor", "-o", str(tmp_path / "linear")]) == 0
-    assert finetune(tmp_path / "linear", "--data", SHIPPED, "-o", tmp_path / "run", *QUICK) == 0
+    assert finetune(tmp_path / "linear", "--data", ten_classes, "-o", tmp_path / "run", *QUICK) == 0
     original = rebuild_original(load(tmp_path / "run" / "model")._vitrify_builder)
     tuned, published = load(trained / "model"), create_model(MINI, pretrained=True)
     assert torch.equal(original.head.weight, tuned.head.weight)
     assert not torch.equal(original.head.weight, published.head.weight)
 
 
-def test_a_trained_plain_model_teaches_its_own_conversion(trained, tmp_path, started):
-    given = ["--recipe", "taylor", "--data", SHIPPED, "-o", tmp_path / "run", "--objective", "distill"]
+def test_a_trained_plain_model_teaches_its_own_conversion(trained, ten_classes, tmp_path, started):
+    given = ["--recipe", "taylor", "--data", ten_classes, "-o", tmp_path / "run", "--objective", "distill"]
     finetune(trained, *given)
     assert torch.equal(started[0]["teacher"].head.weight, load(trained / "model").head.weight)
 
 
-def test_a_trained_plain_model_has_no_original(trained, capsys):
-    assert main(["eval", str(trained), "--data", SHIPPED, "--limit", "2", "--against", "original"]) == 2
+def test_a_trained_plain_model_has_no_original(trained, ten_classes, capsys):
+    assert main(["eval", str(trained), "--data", ten_classes, "--limit", "2", "--against", "original"]) == 2
     assert "trained unconverted" in capsys.readouterr().err
 
 
 def test_a_new_head_is_not_found_again(tmp_path, capsys):
     given = ["--pretrained", "--num-classes", "3", "-o", str(tmp_path / "a")]
     assert main(["convert", MINI, *given]) == 0
-    data = three_classes(tmp_path / "data", test=True)
+    data = data_set(tmp_path / "data", test=True)
     assert main(["eval", str(tmp_path / "a"), "--data", data, "--against", "original"]) == 2
     assert "new, random classifier of 3 classes" in capsys.readouterr().err
