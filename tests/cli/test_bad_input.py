@@ -108,6 +108,24 @@ def test_a_size_the_model_cannot_take(output, capsys):
     assert "img_size" in fails(["convert", "levit_128s", "--img-size", "-3", "-o", output], capsys)
 
 
+def test_a_size_that_cuts_patches(output, capsys):
+    """timm would build it, and leave the last row and column of pixels out."""
+    message = fails(["convert", "deit_tiny_patch16_224", "--img-size", "225", "-o", output], capsys)
+    assert "--img-size 225 is not a multiple of the model's patch side 16: take 224 or 240" in message
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("given", [["--num-classes", "-1"], ["--in-chans", "0"]])
+def test_sizes_below_what_there_is(given, output, capsys):
+    assert main(["convert", MINI, *given, "-o", str(output)]) == 2
+    assert "is not in the range" in capsys.readouterr().err
+
+
+def test_on_error_is_checked_for_data_without_files_too(capsys):
+    message = fails(["eval", MINI, "--data", "fashion-mnist:shipped", "--on-error", "skp", "--limit", "2"], capsys)
+    assert "unknown on_error 'skp': did you mean 'skip'" in message
+
+
 def test_a_path_that_is_no_model(tmp_path, capsys):
     assert "no artefact at" in fails(["eval", tmp_path / "none", "--data", "fashion-mnist"], capsys)
     assert "is not an artefact" in fails(["eval", tmp_path, "--data", "fashion-mnist"], capsys)

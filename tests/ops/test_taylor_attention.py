@@ -10,9 +10,9 @@ from taylor_inputs import assert_as_good_as, packed, padding, qkv
 
 from vitrify.errors import InputError
 from vitrify.ops import backends, taylor_attention
-from vitrify.ops.taylor import cpu, reference
+from vitrify.ops.taylor import aten, cpu, reference
 
-FAST = ("fused", "aten")
+FAST = ("cpu", "aten")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -86,12 +86,11 @@ def test_gradcheck(backend, shape, masked):
     assert torch.autograd.gradcheck(lambda q, k, v: taylor_attention(q, k, v, mask, scale=0.7, backend=backend), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [4096, 65536])
 @pytest.mark.parametrize("backend", FAST)
-def test_common_offset_costs_no_digits(backend, tokens, dtype):
+def test_common_offset_costs_no_digits(backend, tokens):
     """K and V carry an offset of 100 times their spread. Also checked without the mean, which would hide the rest."""
-    inputs = [t.to(dtype).float() for t in qkv(1, 1, 64, tokens, 16, 16, offset=100.0)]
+    inputs = [t.float() for t in qkv(1, 1, 64, tokens, 16, 16, offset=100.0)]
     query, key, value = (t.double() for t in inputs)
     truth = reference.algorithm1(query, key, value, None, 0.25)
     actual = taylor_attention(*inputs, backend=backend).double()
@@ -100,6 +99,23 @@ def test_common_offset_costs_no_digits(backend, tokens, dtype):
     centred_truth = reference.algorithm1(query, key, value - vbar, None, 0.25)
     out_rounding = torch.finfo(torch.float32).eps * vbar.abs().max() * truth.numel() ** 0.5
     assert (actual - vbar - centred_truth).norm() <= 1e-5 * centred_truth.norm() + out_rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [4096, 65536])
+@pytest.mark.parametrize("kernel", [cpu, aten], ids=["cpu", "aten"])
+def test_low_precision_is_summed_in_float32(kernel, tokens, dtype):
+    """M, kbar and vbar of rounded inputs with an offset of 100 times their spread: what the output is rounded from."""
+    query, key, value = (t.to(dtype) for t in qkv(1, 2, 64, tokens, 16, 16, offset=100.0))
+    out, state = kernel.forward(query, key, value, None, 0.25)
+    assert out.dtype == dtype
+    _, truth = reference.affine(*(t.double() for t in (query, key, value)), None, 0.25)
+    # M is a sum of n terms of either sign and one size, sqrt(n) times smaller than their sum without signs.
+    eps = torch.finfo(torch.float32).eps
+    allowed = {"M": 2 * eps * tokens**0.5, "kbar": 2 * eps, "vbar": 2 * eps}
+    for name, actual, expected in zip(state._fields, state, truth, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual.double() - expected).norm() <= allowed[name] * expected.norm(), name
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -170,5 +186,12 @@ def test_same_bits_every_time():
 
 
 def test_backend_names():
-    with pytest.raises(InputError, match=r"unknown backend 'fuse': did you mean 'fused'.* aten, fused, reference"):
-        taylor_attention(*qkv(1, 1, 4, 4, 4, 4), backend="fuse")
+    with pytest.raises(InputError, match=r"unknown backend 'cpus': did you mean 'cpu'.* aten, cpu, reference"):
+        taylor_attention(*qkv(1, 1, 4, 4, 4, 4), backend="cpus")
+
+
+def test_the_cpu_kernel_is_for_the_cpu():
+    inputs = [t.to("meta") for t in qkv(1, 1, 4, 4, 4, 4)]
+    with pytest.raises(InputError, match="backend 'cpu' takes tensors on the CPU, not on meta"):
+        taylor_attention(*inputs, backend="cpu")
+    assert taylor_attention(*inputs).device.type == "meta"

@@ -31,8 +31,10 @@ CheckpointOption = Annotated[
     typer.Option(help="Load weights from this .safetensors or .pth file (pickled code is never run).", metavar="FILE"),
 ]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Image side, in pixels. Default: the model's own.")]
-NumClassesOption = Annotated[int | None, typer.Option(help="Width of the classifier; 0 for an encoder without one.")]
-InChansOption = Annotated[int | None, typer.Option(help="Image channels: 1 (grey) or 3.")]
+NumClassesOption = Annotated[
+    int | None, typer.Option(min=0, help="Width of the classifier; 0 for an encoder without one.")
+]
+InChansOption = Annotated[int | None, typer.Option(min=1, help="Image channels: 1 (grey) or 3.")]
 RecipeOption = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="A recipe's name (`vitrify recipes` lists them) or a YAML file.")
 ]
@@ -71,7 +73,23 @@ def load_model(spec: str, **wanted: Any) -> nn.Module:
         raise InputError(f"the folder {spec} is not an artefact (a Hugging Face folder is given as hf:{spec})")
     if "/" in spec and ":" not in spec:
         raise InputError(f"there is no artefact at {spec}")
-    return create_model(spec, **wanted)
+    model = create_model(spec, **wanted)
+    _check_patches(model, wanted.get("img_size"))
+    return model
+
+
+def _check_patches(model: nn.Module, img_size: int | None) -> None:
+    """Refuse an image side that is no multiple of the patch side: timm would cut pixels off in silence, or fail."""
+    from timm.layers import PatchEmbed
+
+    stem = getattr(model, "patch_embed", None)
+    if img_size is None or not isinstance(stem, PatchEmbed) or stem.dynamic_img_pad:
+        return
+    patch = max(stem.patch_size)
+    if img_size % patch:
+        below = img_size // patch * patch
+        fitting = f"{below} or {below + patch}" if below else f"{patch}"
+        raise InputError(f"--img-size {img_size} is not a multiple of the model's patch side {patch}: take {fitting}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vitrify.data.fashion import SOURCES, FashionMnist
 from vitrify.data.folder import ImageFolder, OnError
@@ -37,6 +37,8 @@ def load_dataset(
         InputError: unknown name, missing folder or split, no images, damaged files.
         VitrifyError: torchvision could not download.
     """
+    if on_error not in get_args(OnError):
+        raise unknown("on_error", on_error, get_args(OnError))
     name, _, origin = str(spec).partition(":")
     if name == "fashion-mnist":
         source, _, root = origin.partition("=")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrify.errors import unknown
+from vitrify.errors import InputError, unknown
 from vitrify.ops.taylor import aten, reference, sparse, squares, validation
-from vitrify.ops.taylor.registration import taylor_attention_op, without_autocast
+from vitrify.ops.taylor.registration import taylor_attention_op, under_autocast, without_autocast
 from vitrify.ops.tracing import fx_leaf
 
-BACKENDS = ("aten", "fused", "reference")
+BACKENDS = ("aten", "cpu", "reference")
 
 
 def backends() -> tuple[str, ...]:
@@ -18,10 +18,16 @@ def backends() -> tuple[str, ...]:
     return BACKENDS
 
 
-def selected_backend() -> str:
-    """Return the backend that `backend=None` picks here: "aten" while a graph is exported, else "fused"."""
-    exporting = torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
-    return "aten" if exporting else "fused"
+def selected_backend(device: torch.device | str = "cpu") -> str:
+    """Return the backend that `backend=None` picks for tensors on `device`: which kernel really runs.
+
+    "cpu", the blocked kernel, on the CPU; "aten" on every other device, and on all while a graph is exported or traced.
+    """
+    return "cpu" if torch.device(device).type == "cpu" and not _exporting() else "aten"
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 @fx_leaf
@@ -42,18 +48,20 @@ def taylor_attention(
         valid keys; an image without any gets 0, as in SDPA.
     The result's memory is laid out as (B, Nq, H, Dv): `out.transpose(1, 2).flatten(2)` copies nothing.
     `scale` is 1/sqrt(D) by default. Under autocast the inputs are cast as SDPA's are.
-    `backend`: None picks (see `selected_backend`); "fused" is the registered op, "aten" plain PyTorch calls (for
-    export), "reference" Algorithm 1 step by step in the inputs' dtype.
+    `backend`: None picks the kernel that `selected_backend` names, inside the registered op (closed-form backward)
+    except while a graph is exported. "cpu" is the blocked kernel for CPU tensors, also in the op; "aten" plain PyTorch
+    calls, differentiated by autograd; "reference" Algorithm 1 step by step in the inputs' dtype.
 
     Raises InputError (shapes, dtypes, scale, backend) and UnsupportedError (any mask but key padding).
     ViTALiTy, Algorithm 1; docs/papers.md 1, 2.
     """
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
-    backend = selected_backend() if backend is None else backend
-    if backend == "fused":
+    if backend == "cpu" and query.device.type != "cpu":
+        raise InputError(f"backend 'cpu' takes tensors on the CPU, not on {query.device}: leave it out, or 'aten'")
+    if backend == "cpu" or (backend is None and not _exporting()):
         return taylor_attention_op(query, key, value, keep, scale)
     with without_autocast(query):
-        if backend == "aten":
+        if backend in (None, "aten"):
             return aten.forward(query, key, value, keep, scale)[0]
         if backend == "reference":
             return reference.algorithm1(query, key, value, keep, scale)
@@ -162,7 +170,7 @@ def _prepare(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """Apply autocast's dtype, as it would for SDPA, and check the arguments; the mask comes back as (B, Nk)."""
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and under_autocast(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
     validation.check_inputs(query, key, value)

@@ -120,8 +120,13 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    """Say whether autocast is on for the device of `tensor`; the meta device has none, and PyTorch raises if asked."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which autocast leaves float32 sums alone; costs nothing where autocast is off."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    if under_autocast(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
