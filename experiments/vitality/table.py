@@ -1,4 +1,4 @@
-"""Print the tables of README.md from results.json, logits.json and elpv.json: `python experiments/vitality/table.py`."""
+"""Print the tables of README.md from the JSON beside it: `python experiments/vitality/table.py`."""
 
 from __future__ import annotations
 
