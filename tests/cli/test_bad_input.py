@@ -118,7 +118,7 @@ def test_a_size_that_cuts_patches(output, capsys):
 @pytest.mark.parametrize("given", [["--num-classes", "-1"], ["--in-chans", "0"]])
 def test_sizes_below_what_there_is(given, output, capsys):
     assert main(["convert", MINI, *given, "-o", str(output)]) == 2
-    assert "is not in the range" in capsys.readouterr().err
+    assert given[0] in capsys.readouterr().err
 
 
 def test_on_error_is_checked_for_data_without_files_too(capsys):
