@@ -14,7 +14,9 @@ EPILOG = (
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe as YAML.", show_default=False)
+    ] = None,
 ) -> None:
     """List the recipes, or print one as YAML to start your own from."""
     import inspect
