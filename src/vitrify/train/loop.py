@@ -97,10 +97,11 @@ class Trainer:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0
-        self.ema = ModelEmaV3(self.model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.objective, self.optimizer = accelerator.prepare(
             Objective(self.model, task, self.teacher), build_optimizer(self.model, config.lr, config.weight_decay)
         )
+        # After prepare, which gives every process the weights of the first.
+        self.ema = ModelEmaV3(self.model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.thresholds = RisingThreshold(self.model) if config.threshold_schedule == "rising" else None
         self.recorder = Recorder(
             config,
