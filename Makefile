@@ -11,7 +11,7 @@ help:
 	@echo "make test         set up, then the quick tests (under 5 minutes after set-up on 2 cores)"
 	@echo "make test-all     the slow tests too"
 	@echo "make lint         ruff and mypy --strict"
-	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (about half an hour on 2 cores)"
+	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (48 minutes on 2 busy cores)"
 	@echo "make bench        the benchmarks, written to benchmarks/results/"
 	@echo "make experiments  the tables of experiments/ (hours on 2 cores; resumable)"
 
