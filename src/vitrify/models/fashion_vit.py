@@ -69,32 +69,37 @@ def _check_patch_size(patch_size: int | tuple[int, int]) -> None:
         )
 
 
+# What timm must know about Fashion-MNIST, whatever the model.
+FASHION_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "mean": (0.286,),
+    "std": (0.353,),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "classifier": "head",
+    "label_names": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    "license": "apache-2.0",
+}
+
 default_cfgs = generate_default_cfgs(
     {
         "vit_mini_patch2_28.fashion_mnist": {
+            **FASHION_CFG,
             "file": str(WEIGHTS),
             "input_size": (1, 28, 28),
             "fixed_input_size": True,
-            "num_classes": 10,
-            "mean": (0.286,),
-            "std": (0.353,),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
             "first_conv": "patch_embed.proj.0",
-            "classifier": "head",
-            "label_names": (
-                "T-shirt/top",
-                "Trouser",
-                "Pullover",
-                "Dress",
-                "Coat",
-                "Sandal",
-                "Shirt",
-                "Sneaker",
-                "Bag",
-                "Ankle boot",
-            ),
-            "license": "apache-2.0",
         }
     }
 )
