@@ -154,7 +154,7 @@ class PyramidVisionTransformer(nn.Module):
                 x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
             x = x + self._positions(stage, grid)
             for block in getattr(self, f"block{stage + 1}"):
-                x = checkpoint(block, x, grid) if self.grad_checkpointing and self.training else block(x, grid)
+                x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
             if not is_last:
                 x = x.transpose(1, 2).reshape(x.shape[0], -1, *grid)
         out: Tensor = self.norm(x)
