@@ -1,0 +1,27 @@
+"""Training a shift weight: rounded forward, identity backward, one latent weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrify.ops.shift import reference
+
+
+class StraightThrough(torch.autograd.Function):
+    """decode(quantise(weight)) whose gradient is the weight's own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int, variant: str) -> Tensor:
+        """Round; what is not finite becomes NaN, so that a diverged weight shows."""
+        exponent = reference.default_exponent(weight, bits, variant)
+        level = reference.round_levels(weight, exponent, bits, variant)
+        value = reference.decode_levels(level, weight < 0, exponent, bits, variant)
+        return value.to(weight.dtype).masked_fill(~weight.isfinite(), float("nan"))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Pass the gradient on."""
+        return grads[0], None, None
