@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 
-from run import HERE, render
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grid import render
+
+HERE = Path(__file__).parent
 
 
 def main() -> None:

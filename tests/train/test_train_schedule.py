@@ -24,8 +24,9 @@ def test_threshold_rises_from_softmax_through_multiples_of_uniform_to_nothing():
     assert rising_threshold(0.0, 197) == 0
     assert rising_threshold(0.1, 197) * 197 == pytest.approx(0.1)
     middle = rising_threshold(0.425, 100)
-    assert middle == pytest.approx((0.001 * 1) ** 0.5)  # geometric mean of 0.1/n and 1
-    assert rising_threshold(0.7499, 197) == pytest.approx(1, rel=0.01)
+    assert middle == pytest.approx((0.001 * 0.1) ** 0.5)  # geometric mean of 0.1/n and 10/n
+    assert rising_threshold(0.7499, 197) == pytest.approx(10 / 197, rel=0.01)
+    assert rising_threshold(0.7499, 5) <= 1
     assert rising_threshold(0.75, 197) == rising_threshold(1.0, 197) > 1
     values = [rising_threshold(step / 100, 50) for step in range(101)]
     assert values == sorted(values)

@@ -13,8 +13,9 @@ from vitrify.nn.cores import TaylorSparse
 # The rising threshold, as shares of the training: softmax, then the rise, then Taylor alone.
 _SOFTMAX_UNTIL = 0.1
 _TAYLOR_FROM = 0.75
-# Where the rise begins, in multiples of uniform attention 1/n: there, nearly every entry is still kept.
-_FIRST_MULTIPLE = 0.1
+# Where the rise begins and ends, in multiples of uniform attention 1/n: at the first nearly every entry is kept; at the
+# second about one in forty is (experiments/vitality), so that going on would only repeat Taylor attention.
+_FIRST_MULTIPLE, _LAST_MULTIPLE = 0.1, 10.0
 # Above any probability: an empty mask, even where a saturated softmax rounds to 1.
 _EMPTY = 2.0
 
@@ -30,16 +31,17 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, f
 def rising_threshold(progress: float, num_keys: int) -> float:
     """Return the mask threshold T (a probability) at `progress` in [0, 1] of the training, for `num_keys` tokens.
 
-    0 in the first tenth (softmax attention exactly), then geometric from 0.1/n to 1, and from three quarters on 2,
-    which no probability reaches: Taylor attention exactly. Geometric, because attention is spread over decades:
-    T n, the multiple of uniform attention, is the natural scale.
+    0 in the first tenth (softmax attention exactly), then geometric from 0.1/n to 10/n (1 if n is less than 10), and
+    from three quarters on 2, which no probability reaches: Taylor attention exactly. Geometric, because attention is
+    spread over decades: T n, the multiple of uniform attention, is the natural scale.
     """
     if progress < _SOFTMAX_UNTIL:
         return 0.0
     if progress >= _TAYLOR_FROM:
         return _EMPTY
     risen = (progress - _SOFTMAX_UNTIL) / (_TAYLOR_FROM - _SOFTMAX_UNTIL)
-    return float((_FIRST_MULTIPLE / num_keys) ** (1 - risen))
+    last = min(_LAST_MULTIPLE / num_keys, 1.0)
+    return float((_FIRST_MULTIPLE / num_keys) ** (1 - risen) * last**risen)
 
 
 class RisingThreshold:
