@@ -1,0 +1,72 @@
+"""A mixture of primitives (ShiftAddViT): each token runs through the one expert that a router picks. See README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Proxy
+
+from vitrify.errors import InputError
+from vitrify.ops.experts.balance import LOADS, balance_losses, check_alpha
+from vitrify.ops.experts.reference import Expert, dense
+from vitrify.ops.tracing import fx_leaf
+
+__all__ = ["LOADS", "Expert", "balance_losses", "check_alpha", "dense", "dispatch", "exporting", "route"]
+
+
+@fx_leaf
+def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick each token's most probable expert: logits (..., E) -> index int64 (...), gate (...).
+
+    gate = p / stopgrad(p) of the picked expert, p = softmax(logits) in float32 (float64 stays): exactly 1, with the
+    gradient of log p. An output times the gate is unchanged, and yet the router learns from it. Ties go to the first.
+    """
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    p, index = logits.softmax(-1, dtype=wide).max(-1)
+    # p / p is 1 to the last bit only where division is; p - p is 0 on every device.
+    return index, 1 + (p - p.detach()) / p.detach()
+
+
+def dispatch(x: Tensor, index: Tensor, experts: Sequence[Expert]) -> Tensor:
+    """Run each token through its own expert only: x (T, C), index int (T,) in 0..E-1 -> (T, C_out).
+
+    Leading dimensions may be more than one: (..., C) with index (...). Each expert is called once, on its tokens as
+    (T_e, C) in their order, T_e = 0 included (so that its parameters get a gradient, which DDP waits for), and returns
+    (T_e, C_out). Experts must treat every token by itself. Reading the T_e stops a GPU once per call.
+    A graph that is compiled, exported or traced, and meta and fake tensors, cannot have shapes that depend on the data:
+    there every expert runs on every token and the right rows are selected, which gives the same result and saves
+    nothing.
+
+    Raises InputError for shapes that do not match and for an index without an expert (the latter only when gathered).
+    """
+    if _symbolic(x):
+        return dense(x, index, experts)
+    if x.dim() < 1 or index.shape != x.shape[:-1]:
+        raise InputError(f"index {tuple(index.shape)} must have one entry per token of x {tuple(x.shape)}")
+    chosen = index.reshape(-1)
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=len(experts)).tolist()
+    if len(counts) > len(experts):
+        raise InputError(f"index {len(counts) - 1} names no expert: there are {len(experts)}, counted from 0")
+    tokens = x.reshape(-1, x.shape[-1]).index_select(0, order)
+    out = torch.cat([expert(part) for expert, part in zip(experts, torch.split(tokens, counts), strict=True)])
+    places = torch.arange(len(order), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, places)
+    return out.index_select(0, inverse).reshape(*index.shape, out.shape[-1])
+
+
+def exporting(x: Tensor | Proxy) -> bool:
+    """Say whether `x` is recorded into a graph to keep (export, ONNX, jit.trace, torch.fx)."""
+    return (
+        isinstance(x, Proxy)
+        or torch.compiler.is_exporting()
+        or torch._C._is_tracing()
+        or torch.onnx.is_in_onnx_export()
+    )
+
+
+def _symbolic(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or exporting(x) or x.is_meta or isinstance(x, FakeTensor)
