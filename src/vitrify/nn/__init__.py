@@ -41,6 +41,7 @@ __all__ = [
     "ValueConv",
     "apply_latencies_",
     "calibrate_codes_",
+    "calibrate_shift_",
     "measure_latencies_",
     "mixture_mlp_",
 ]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrify.errors import UnsupportedError
-from vitrify.ops import pack_codes, shift_decode, shift_linear, shift_quantize, shift_ste, unpack_codes
+from vitrify.ops.shift import pack_codes, shift_decode, shift_linear, shift_quantize, shift_ste, unpack_codes
 from vitrify.ops.shift.registration import decoded
 from vitrify.ops.shift.validation import check_format, check_representable, check_weight, has_values
 from vitrify.ops.tracing import fx_leaf
@@ -76,6 +76,17 @@ class _ShiftWeight(nn.Module):
         self.register_parameter("weight", None)
         self.register_buffer("codes", pack_codes(codes, self.bits))
         self.register_buffer("exponent", exponent)
+        return self
+
+    def restore_(self) -> nn.Module:
+        """Turn the layer back into the plain one it was made from, which multiplies by the latent weight; return it.
+
+        Raises UnsupportedError once packed: the latent weight is gone.
+        """
+        if self.packed:
+            raise UnsupportedError("a packed layer has no latent weight to go back to: restore it before pack_()")
+        self.__class__ = self._source  # type: ignore[assignment]
+        del self.bits, self.variant
         return self
 
     def decoded_weight(self) -> Tensor:
