@@ -1,8 +1,8 @@
 """Calibrated rounding: shift weights chosen by the error of a layer's output on a few images, not weight by weight.
 
-The output error of a changed row dw is dw H dw^T, with H the second moment of the layer's inputs. Columns are rounded
-one after the other, each to the nearer level, and what that leaves is made good by the columns still to come (the update
-of optimal brain surgeon, ordered as in GPTQ). Inputs of an image are correlated, so there is much to make good.
+A row that changes by dw changes the output by dw H dw^T, with H the second moment of the layer's inputs. Columns are
+rounded one after the other, each to the nearer level, and what that leaves is made good by the columns still to come
+(the update of optimal brain surgeon, ordered as in GPTQ). Inputs are correlated, so there is much to make good.
 """
 
 from __future__ import annotations
