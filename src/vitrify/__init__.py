@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitrify import nn, ops, recipes
     from vitrify.artefact import create_model, load, save
-    from vitrify.convert import AttentionSpec, Conversion, Recipe, convert_
+    from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ _PUBLIC = {
     "AttentionSpec": "vitrify.convert",
     "Conversion": "vitrify.convert",
     "InputError": "vitrify.errors",
+    "LinearSpec": "vitrify.convert",
     "Recipe": "vitrify.convert",
     "UnsupportedError": "vitrify.errors",
     "VitrifyError": "vitrify.errors",
@@ -34,6 +35,7 @@ _PUBLIC = {
     "load": "vitrify.artefact",
     "nn": "vitrify.nn",
     "ops": "vitrify.ops",
+    "pack_": "vitrify.convert",
     "recipes": "vitrify.recipes",
     "save": "vitrify.artefact",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "AttentionSpec",
     "Conversion",
     "InputError",
+    "LinearSpec",
     "Recipe",
     "UnsupportedError",
     "VitrifyError",
@@ -50,6 +53,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "pack_",
     "recipes",
     "save",
 ]

@@ -121,10 +121,10 @@ def test_a_finished_run_stands_for_its_model(artefact, tmp_path):
     shutil.copytree(artefact, run / "model")
     found = result_of(["eval", run, "--data", photos, "--against", run], tmp_path)
     assert found["agreement"]["knn_overlap"] == 1
-    _, teacher = finetune.prepare(str(artefact), None, str(run), {})
+    _, teacher = finetune.load_pair(str(artefact), str(run), {})
     assert torch.equal(teacher.head.weight, vitrify.load(artefact).head.weight)
     with pytest.raises(InputError, match="the folder of an artefact or of a finished run"):
-        finetune.prepare(str(artefact), None, str(photos), {})
+        finetune.load_pair(str(artefact), str(photos), {})
 
 
 def test_evaluation_while_training_leaves_bad_images_out_too(tmp_path):

@@ -66,7 +66,7 @@ def test_the_last_match_wins():
         ({"attention": 3}, ["attention", "3"]),
         ({"atention": "taylor"}, ["'atention'", "did you mean 'attention'"]),
         ({"modules": {"blocks.0.*": {"bits": 99}}}, ["modules['blocks.0.*'].bits", "99"]),
-        ({"modules": {"blocks.0.*": "tayler"}}, ["modules['blocks.0.*'].core", "'taylor'"]),
+        ({"modules": {"blocks.0.*": "tayler"}}, ["modules['blocks.0.*']", "did you mean 'taylor'"]),
         ({"modules": ["blocks.0.*"]}, ["modules", "blocks.0.*"]),
         ({"modules": {3: "taylor"}}, ["modules", "3"]),
         ({"name": ""}, ["name"]),

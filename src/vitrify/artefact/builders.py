@@ -10,6 +10,7 @@ from torch import nn
 
 from vitrify.artefact import hf_models, timm_models
 from vitrify.artefact.checkpoints import load_weights, read_checkpoint
+from vitrify.convert.specs import AttentionSpec, Spec
 from vitrify.errors import InputError, unknown
 
 _HF_PREFIX = "hf:"
@@ -111,10 +112,16 @@ def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Say whether a model computes what it did before any conversion: its attention is softmax."""
+    """Say whether a model computes what it did before any conversion: its attention is softmax, and its layers multiply."""
     conversion = getattr(model, "_vitrify", None)
     applied = {} if conversion is None else conversion.applied
-    return all(spec.core == "softmax" and not spec.value_conv for spec in applied.values())
+    return all(_is_plain(spec) for spec in applied.values())
+
+
+def _is_plain(spec: Spec) -> bool:
+    if not isinstance(spec, AttentionSpec):
+        return spec.primitive == "multiply"
+    return spec.core == "softmax" and not spec.value_conv and spec.reduction == "keep"
 
 
 def mark_trained(model: nn.Module) -> None:

@@ -16,8 +16,10 @@ import vitrify
 from vitrify.artefact.atomic import replacing
 from vitrify.artefact.builders import describe, rebuild, record_as_loaded, record_to_save
 from vitrify.artefact.checkpoints import mismatch, read_safetensors
-from vitrify.convert import AttentionSpec, Change, Conversion, Recipe, convert_
+from vitrify.convert import Change, Conversion, Recipe, convert_
 from vitrify.convert.adapters.base import Adapter
+from vitrify.convert.linears import linear_specs, pack_
+from vitrify.convert.specs import Spec
 from vitrify.errors import InputError
 
 FORMAT = "vitrify-artefact"
@@ -40,7 +42,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     model = _unwrapped(model)
     conversion = getattr(model, "_vitrify", None)
-    converted = {n: module.attention_spec for n, module in model.named_modules() if isinstance(module, Adapter)}
+    converted: dict[str, Spec] = dict(linear_specs(model))
+    converted |= {n: module.attention_spec for n, module in model.named_modules() if isinstance(module, Adapter)}
     _check_recorded(converted, {} if conversion is None else conversion.applied)
     builder = _builder(model, set(converted))
     if builder["library"] == "caller":
@@ -86,6 +89,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     _convert_as_saved(model, recipe, config["conversion"], path)
     tensors = read_safetensors(path / WEIGHTS)
     tensors |= {alias: tensors[kept] for alias, kept in config["aliases"].items() if kept in tensors}
+    pack_(model, {key.removesuffix(".codes") for key in tensors})
     if problem := mismatch(model.state_dict(), tensors):
         raise InputError(f"{path / WEIGHTS} does not fit {type(model).__name__} with this recipe: {problem}")
     _adopt_dtypes(model, tensors)
@@ -131,7 +135,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_recorded(converted: dict[str, AttentionSpec], recorded: dict[str, AttentionSpec]) -> None:
+def _check_recorded(converted: dict[str, Spec], recorded: dict[str, Spec]) -> None:
     names = converted.keys() | recorded.keys()
     if differing := sorted(name for name in names if converted.get(name) != recorded.get(name)):
         listed = ", ".join(name or "(the model)" for name in differing[:5])

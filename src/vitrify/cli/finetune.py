@@ -14,7 +14,11 @@ from vitrify.cli import options
 from vitrify.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
+
+    from vitrify.convert import Conversion, Recipe
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -23,12 +27,15 @@ EPILOG = (
     "--amp bf16 --output runs/deit\n\n"
     "vitrify finetune hf:./dinov2-small --pretrained --data ./photos --objective features --output runs/dino   "
     "(needs no labels)\n\n"
+    "vitrify finetune deit_tiny_patch16_224 --pretrained --plan shiftaddvit --data ./imagenet --output runs/shiftadd   "
+    "(attention first, then the layers)\n\n"
     "accelerate launch -m vitrify finetune ...   (several GPUs)\n\n"
     "[bold]Interrupted?[/bold] The same command resumes from the last checkpoint and ends with the same weights."
 )
 _OPTIMISER, _REGULARISATION = "Optimiser", "Augmentation and regularisation"
 _RUN = "The run"
 _MIN_LR = 1e-6
+_CALIBRATION_IMAGES = 64
 
 
 def finetune(  # the command line's options; all but the model are given by name
@@ -45,6 +52,14 @@ def finetune(  # the command line's options; all but the model are given by name
             "softmax trains the unconverted model.",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Convert and train in stages instead: shiftaddvit or vitrify (attention first, then the layers), or "
+            "a YAML file with stages, each a recipe, epochs and lr.",
+        ),
+    ] = None,
     objective: Annotated[
         Literal["labels", "distill", "features"],
         typer.Option(help="Learn from labels; labels and the original model; or the original's features alone."),
@@ -54,7 +69,7 @@ def finetune(  # the command line's options; all but the model are given by name
     ] = "original",
     threshold_schedule: Annotated[
         Literal["fixed", "rising"],
-        typer.Option(help="The sparse part's threshold: the recipe's; or rising from 0 (softmax) to 1 (Taylor)."),
+        typer.Option(help="The sparse part's threshold: the recipe's; or rising from 0 (softmax) until nothing is kept (Taylor)."),
     ] = "fixed",
     epochs: Annotated[int, typer.Option(help="Passes over the images.", rich_help_panel=_OPTIMISER)] = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel=_OPTIMISER)] = 128,
@@ -117,18 +132,21 @@ def finetune(  # the command line's options; all but the model are given by name
     given = dict(locals())
     import torch
 
-    from vitrify import train
+    from vitrify import recipes, train
 
     run = train.finetune  # first of all: without accelerate nothing else need be done
+    if plan is not None and recipe is not None:
+        raise InputError("give either --recipe or --plan, which has a recipe for each of its stages")
+    stages = None if plan is None else train.get_plan(plan)
     given["min_lr"] = min(_MIN_LR, lr) if min_lr is None else min_lr
-    settings = {field.name for field in dataclasses.fields(train.TrainConfig)}
-    config = train.TrainConfig(**{name: value for name, value in given.items() if name in settings})
+    fields = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    config = train.TrainConfig(**{name: value for name, value in given.items() if name in fields})
     use_device(device)
     # New heads are drawn when the model is built, and a resumed run must start from the same ones.
     torch.manual_seed(config.seed)
     weights = ("pretrained", "checkpoint", "img_size", "num_classes", "in_chans")
-    student, guide = prepare(
-        model, recipe, teacher if objective != "labels" else None, {name: given[name] for name in weights}
+    student, guide = load_pair(
+        model, teacher if objective != "labels" else None, {name: given[name] for name in weights}
     )
     task = train.make_task(
         config,
@@ -136,8 +154,14 @@ def finetune(  # the command line's options; all but the model are given by name
         _open_evaluation(data, student, on_error, needs_labels=objective != "features"),
     )
     typer.echo(f"training on {getattr(task.train_dataset, 'source', data)}", err=True)
+    settings = {"teacher": guide, "resume": "auto" if resume else "never"}
     try:
-        result = run(student, task, config, output, teacher=guide, resume="auto" if resume else "never")
+        if stages is not None:
+            result = train.run_plan(student, stages, task, config, output, convert=converter(task), **settings)
+        else:
+            if recipe is not None or not hasattr(student, "_vitrify"):
+                converter(task)(student, recipes.get(recipe or "vitality"))
+            result = run(student, task, config, output, **settings)
     except KeyboardInterrupt as interruption:
         typer.echo(f"\n{interruption or 'interrupted'}\nthe same command resumes from {output}", err=True)
         raise typer.Exit(130) from None
@@ -164,15 +188,10 @@ def use_device(name: str) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def prepare(
-    spec: str, recipe: str | None, teacher: str | None, wanted: dict[str, Any]
-) -> tuple[nn.Module, nn.Module | None]:
-    """Return the student, converted, and its teacher (None if none is asked for)."""
-    from vitrify import recipes
-    from vitrify.artefact import input_config, is_plain
+def load_pair(spec: str, teacher: str | None, wanted: dict[str, Any]) -> tuple[nn.Module, nn.Module | None]:
+    """Return the student, as it is before any conversion of this run, and its teacher (None if none is asked for)."""
+    from vitrify.artefact import is_plain
     from vitrify.cli.eval import find_original
-    from vitrify.cli.show import print_conversion
-    from vitrify.convert import convert_
 
     student = options.load_model(spec, **wanted)
     guide: nn.Module | None = None
@@ -180,13 +199,30 @@ def prepare(
         guide = copy.deepcopy(student)
     elif teacher is not None:
         guide = find_original(student, teacher)
-    if recipe is not None or not hasattr(student, "_vitrify"):
-        chosen = recipes.get(recipe or "vitality")
-        conversion = convert_(student, chosen, input_size=input_config(student)["input_size"])
+    return student, guide
+
+
+def converter(task: Any) -> Callable[[nn.Module, Recipe], Conversion]:
+    """Return the function that converts a model, shows how, and fits its codes to the first training images."""
+    import torch
+
+    from vitrify.artefact import input_config
+    from vitrify.cli.show import print_conversion
+    from vitrify.convert import convert_
+    from vitrify.nn import Hamming, calibrate_codes_
+
+    def convert(model: nn.Module, recipe: Recipe) -> Conversion:
+        before = {module for module in model.modules() if isinstance(module, Hamming)}
+        conversion = convert_(model, recipe, input_size=input_config(model)["input_size"])
         print_conversion(conversion, stderr=True)
         if not conversion.changed:
-            raise InputError(f"recipe {chosen.name!r} changed nothing in {spec}")
-    return student, guide
+            raise InputError(f"recipe {recipe.name!r} changed nothing in {type(model).__name__}")
+        if {module for module in model.modules() if isinstance(module, Hamming)} - before:
+            count = min(_CALIBRATION_IMAGES, len(task.train_dataset))
+            calibrate_codes_(model, torch.stack([task.train_dataset[i][0] for i in range(count)]))
+        return conversion
+
+    return convert
 
 
 def _print_result(run: Path, artefact: Path) -> None:

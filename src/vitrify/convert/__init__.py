@@ -9,6 +9,8 @@
 
 from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.convert import convert_
-from vitrify.convert.recipe import AttentionSpec, Recipe
+from vitrify.convert.linears import pack_
+from vitrify.convert.recipe import Recipe
+from vitrify.convert.specs import AttentionSpec, LinearSpec
 
-__all__ = ["AttentionSpec", "Change", "Conversion", "Recipe", "convert_"]
+__all__ = ["AttentionSpec", "Change", "Conversion", "LinearSpec", "Recipe", "convert_", "pack_"]

@@ -1,11 +1,12 @@
-"""What a conversion did: every attention module, as changed, kept or refused, and why."""
+"""What a conversion did: every module that the recipe speaks of, as changed, kept or refused, and why."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vitrify.convert.recipe import AttentionSpec, Recipe
+from vitrify.convert.recipe import Recipe
+from vitrify.convert.specs import Spec
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Conversion:
     recipe      the recipe as given
     changed     modules that now compute what the recipe says
     kept        modules left as they were although they could be converted: filtered out, or costlier otherwise
-    refused     attention modules that cannot be converted exactly, with the reason
+    refused     modules that cannot be converted exactly, with the reason
     notes       what else a reader should know, such as costs that could not be checked
     input_size  (channels, height, width) at which costs were compared; None if they were not
     applied     what each converted module now is, by qualified name; those of earlier conversions that stand included
@@ -36,12 +37,12 @@ class Conversion:
     refused: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     input_size: tuple[int, int, int] | None = None
-    applied: dict[str, AttentionSpec] = field(default_factory=dict)
+    applied: dict[str, Spec] = field(default_factory=dict)
 
     @property
     def resolved(self) -> Recipe:
         """The recipe module by module: it repeats what the model now is, whatever the filters and input sizes were."""
-        return Recipe(self.recipe.name, AttentionSpec(), self.applied, keep_if_costlier=False)
+        return Recipe(self.recipe.name, modules=self.applied, keep_if_costlier=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -1,4 +1,4 @@
-"""`convert_`: swaps a model's attention in place, and says what it did to every attention module."""
+"""`convert_`: swaps a model's attention and linear layers in place, and says what it did to every one of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import nn
 from vitrify.convert.adapters import adapter_for, looks_like_attention, no_adapter_reason, qualified_name
 from vitrify.convert.adapters.base import Adapter, adopt, make_core, objection, release_grids
 from vitrify.convert.conversion import Change, Conversion
-from vitrify.convert.recipe import AttentionSpec, Recipe
-from vitrify.convert.tokens import InputSize, Shape, attention_shapes, check_input_size, default_input_size
-from vitrify.errors import InputError, unknown
+from vitrify.convert.linears import LinearSite, convert_linear, linear_specs, plan_linears
+from vitrify.convert.recipe import Recipe
+from vitrify.convert.specs import AttentionSpec, Spec
+from vitrify.convert.tokens import InputSize, Shape, Trial, check_input_size, default_input_size, trial_run
+from vitrify.errors import InputError, VitrifyError, unknown
 from vitrify.nn import TokenGrid, ValueConv
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -38,14 +40,16 @@ def convert_(
     *,
     input_size: tuple[int, int, int] | None = None,
 ) -> Conversion:
-    """Convert the attention modules of `model` in place as `recipe` says; return what was changed, kept and refused.
+    """Convert `model` in place as `recipe` says; return what was changed, kept and refused.
 
-    filter_fn   (module, qualified name) -> bool: attention modules for which it is False are kept
+    filter_fn   (module, qualified name) -> bool: attention modules, linear layers, MLPs and convolutions that the
+                recipe would change and for which it is False are kept
     input_size  (channels, height, width) at which costs are compared; by default what the model was built for
 
     Objects, Parameters, child names, hooks, `requires_grad` and mode survive; state-dict keys change only where the
-    recipe adds parameters (value_conv). What cannot be converted exactly is refused, and stays as it was. Converting
-    again replaces cores. The Conversion is also left on the model as `model._vitrify`.
+    recipe adds parameters (value_conv, codes, mixtures). What cannot be converted exactly is refused, and stays as it
+    was. Converting again replaces what differs: what a recipe leaves as it is keeps its learned parameters. The
+    Conversion is also left on the model as `model._vitrify`.
 
     Raises InputError, with the model unchanged, if a pattern in `modules` names nothing, if the model does not take
     `input_size`, or if it is the wrapper of torch.compile or (Distributed)DataParallel around a model.
@@ -60,12 +64,17 @@ def convert_(
     _check_not_wrapped(model)
     size = None if input_size is None else check_input_size(input_size)
     conversion = Conversion(recipe)
-    sites = _plan(model, recipe, filter_fn, conversion)
-    shapes = _shapes(model, sites, size, conversion) if recipe.keep_if_costlier else {}
+    found = _attention_modules(model)
+    sites = _plan(found, recipe, filter_fn, conversion)
+    linears = plan_linears(model, recipe, filter_fn, found, conversion)
+    trial = _trial(model, recipe, sites, linears, size, conversion)
     for site in sites:
-        _apply(model, site, shapes.get(site.name), conversion)
+        _apply(model, site, trial.shapes.get(site.name), conversion)
+    for linear in linears:
+        _apply_linear(linear, trial, conversion)
     release_grids(model)
-    conversion.applied = _left_standing(model, sites, conversion) | conversion.applied
+    touched = {site.name for site in (*sites, *linears)}
+    conversion.applied = _left_standing(model, touched, conversion) | conversion.applied
     model._vitrify = conversion  # type: ignore[assignment]  # a plain attribute, which nn.Module's types do not foresee
     return conversion
 
@@ -81,11 +90,12 @@ def _check_not_wrapped(model: nn.Module) -> None:
         )
 
 
-def _plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFn | None, conversion: Conversion) -> list[_Site]:
-    """Return what to convert; note what is kept or refused."""
-    found = _attention_modules(model)
-    for pattern in recipe.modules:
-        if not any(recipe.names_module(pattern, name) for name in found):
+def _plan(
+    found: dict[str, nn.Module], recipe: Recipe, filter_fn: FilterFn | None, conversion: Conversion
+) -> list[_Site]:
+    """Return which attention modules to convert; note what is kept or refused."""
+    for pattern, spec in recipe.modules.items():
+        if isinstance(spec, AttentionSpec) and not any(recipe.names_module(pattern, name) for name in found):
             raise unknown("attention module in recipe.modules", pattern, found)
     sites = []
     for name, module in found.items():
@@ -114,24 +124,32 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _shapes(model: nn.Module, sites: list[_Site], size: InputSize | None, conversion: Conversion) -> dict[str, Shape]:
-    """Return each site's shape at `size`, or at the model's own; if neither runs, note that costs are unchecked."""
-    if all(site.spec.core == "softmax" for site in sites):
-        return {}
+def _trial(
+    model: nn.Module,
+    recipe: Recipe,
+    sites: list[_Site],
+    linears: list[LinearSite],
+    size: InputSize | None,
+    conversion: Conversion,
+) -> Trial:
+    """Return what a shape-only forward at `size`, or at the model's own, tells; if neither runs, note what it hides."""
+    unasked = not recipe.keep_if_costlier and not recipe.min_tokens
+    if not linears and (unasked or all(site.spec.core == "softmax" for site in sites)):
+        return Trial()
     chosen = size or default_input_size(model)
     problem = "the model does not say its image size"
     if chosen is not None:
         try:
-            shapes = attention_shapes(model, {site.name: site.adapter for site in sites}, chosen)
+            trial = trial_run(model, {site.name: site.adapter for site in sites}, [s.name for s in linears], chosen)
         except Exception as error:  # any model may be given, and may fail in any way
             problem = f"a trial run at {chosen} failed: {type(error).__name__}: {error}"
             if size is not None:
                 raise InputError(f"input_size {size} does not suit the model: {problem}") from error
         else:
             conversion.input_size = chosen
-            return shapes
+            return trial
     conversion.notes.append(f"token count unknown, cost not checked: {problem}")
-    return {}
+    return Trial()
 
 
 def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conversion) -> None:
@@ -139,13 +157,20 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
     remark = site.adapter.remark(site.module, site.spec)
     detail = f"{site.spec}; {remark}" if remark else str(site.spec)
     if shape is not None:
-        sizes = (shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim)
-        before = site.adapter.softmax_core(site.module).multiplications(*sizes)
+        keys = shape.num_queries if site.spec.reduction == "remove" else shape.num_keys
+        sizes = (shape.num_queries, keys, shape.key_dim, shape.value_dim)
+        before = site.adapter.softmax_core(site.module).multiplications(
+            shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim
+        )
         after = core.multiplications(*sizes, biased=shape.has_bias)
-        after += ValueConv.multiplications(site.spec.value_conv, shape.num_keys, shape.value_dim)
-        tokens = f"{shape.num_queries} queries, {shape.num_keys} keys"
-        if after > before and site.spec.core in ("taylor", "taylor_sparse"):
+        after += ValueConv.multiplications(site.spec.value_conv, keys, shape.value_dim)
+        tokens = f"{shape.num_queries} queries, {keys} keys"
+        kept = ""
+        if site.spec.core != "softmax" and keys < conversion.recipe.min_tokens:
+            kept = f"{tokens}: fewer than min_tokens, {conversion.recipe.min_tokens}"
+        elif conversion.recipe.keep_if_costlier and after > before and site.spec.core in ("taylor", "taylor_sparse"):
             kept = f"{tokens}: {site.spec.core} would multiply {after:,} times per head, softmax {before:,}"
+        if kept:
             conversion.kept.append(site.change(kept))
             if isinstance(site.module, Adapter):
                 adopt(site.module, site.adapter, site.adapter.softmax_core(site.module))
@@ -158,9 +183,25 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
     if isinstance(grid, str):
         conversion.refused.append(site.change(grid))
         return
+    if getattr(site.module, "attention_spec", None) == site.spec and isinstance(site.module, Adapter):
+        core = site.module.core  # with whatever it has learned
     adopt(site.module, site.adapter, core, site.spec.value_conv, grid)
     conversion.changed.append(site.change(detail))
     _record(site, site.spec, conversion)
+
+
+def _apply_linear(site: LinearSite, trial: Trial, conversion: Conversion) -> None:
+    if trial.called is not None and site.name not in trial.called:
+        conversion.refused.append(site.change("is never called: the module around it reads its weight, or leaves it out"))
+        return
+    try:
+        detail = convert_linear(site)
+    except VitrifyError as error:
+        conversion.refused.append(site.change(str(error)))
+        return
+    conversion.changed.append(site.change(detail))
+    if site.spec.primitive != "multiply":
+        conversion.applied[site.name] = site.spec
 
 
 def _record(site: _Site, spec: AttentionSpec, conversion: Conversion) -> None:
@@ -169,13 +210,18 @@ def _record(site: _Site, spec: AttentionSpec, conversion: Conversion) -> None:
     site.module.attention_spec = spec  # type: ignore[assignment]  # a plain attribute
 
 
-def _left_standing(model: nn.Module, sites: list[_Site], conversion: Conversion) -> dict[str, AttentionSpec]:
+def _left_standing(model: nn.Module, touched: set[str], conversion: Conversion) -> dict[str, Spec]:
     """Return what an earlier conversion made of the modules that this one did not touch."""
     earlier = getattr(model, "_vitrify", None)
     if not isinstance(earlier, Conversion):
         return {}
-    touched = {site.name for site in sites} - {change.name for change in conversion.refused}
-    return {name: spec for name, spec in earlier.applied.items() if name not in touched}
+    gone = touched - {change.name for change in conversion.refused}
+    standing = linear_specs(model)  # an MLP that became one mixture took its layers' specs with it
+    return {
+        name: spec
+        for name, spec in earlier.applied.items()
+        if name not in gone and (isinstance(spec, AttentionSpec) or name in standing)
+    }
 
 
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Recipes: which attention goes where, as frozen dataclasses that YAML and JSON carry."""
+"""Recipes: which primitive goes where, as frozen dataclasses that YAML and JSON carry."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 
+from vitrify.convert.specs import ATTENTION, LINEAR, AttentionSpec, CoreName, LinearSpec, Primitive, Spec, is_int
 from vitrify.errors import InputError, unknown
+
+S = TypeVar("S", AttentionSpec, LinearSpec)
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,68 +26,22 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
-CoreName = Literal["softmax", "taylor", "taylor_sparse", "sparse"]
-BiasRule = Literal["carry", "drop"]
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What one attention module becomes.
-
-    core        "softmax" (as it was), "taylor", "taylor_sparse" (Taylor, plus a sparse part in training) or
-                "sparse" (softmax over predicted entries: a baseline)
-    squares     add the squares of the second-order term; core "taylor" only
-    value_conv  kernel size (odd) of a depth-wise convolution on V; 0 for none
-    threshold   predicted probability from which the sparse part keeps an entry; n tokens attend uniformly with 1/n
-    bits        width of the predictor
-    bias        a bias on the logits (LeViT): "carry" it as a token-mixing term, at n^2 d_v, or "drop" it
-    """
-
-    core: CoreName = "softmax"
-    squares: bool = False
-    value_conv: int = 0
-    threshold: float = 0.02
-    bits: int = 4
-    bias: BiasRule = "carry"
-
-    def __post_init__(self) -> None:
-        if self.core not in get_args(CoreName):
-            raise unknown("attention.core", str(self.core), get_args(CoreName))
-        if self.bias not in get_args(BiasRule):
-            raise unknown("attention.bias", str(self.bias), get_args(BiasRule))
-        if not isinstance(self.squares, bool):
-            raise InputError(f"attention.squares must be true or false, not {self.squares!r}")
-        if self.squares and self.core != "taylor":
-            raise InputError(f"attention.squares needs attention.core 'taylor', not {self.core!r}")
-        if not _is_int(self.value_conv) or self.value_conv < 0 or (self.value_conv > 0 and self.value_conv % 2 == 0):
-            raise InputError(f"attention.value_conv must be an odd kernel size, or 0 for none, not {self.value_conv!r}")
-        if not isinstance(self.threshold, (int, float)) or isinstance(self.threshold, bool):
-            raise InputError(f"attention.threshold must be a number in [0, 1], not {self.threshold!r}")
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"attention.threshold must be in [0, 1], not {self.threshold}")
-        if not _is_int(self.bits) or not 2 <= self.bits <= 16:
-            raise InputError(f"attention.bits must be an integer from 2 to 16, not {self.bits!r}")
-
-    def __str__(self) -> str:
-        parts: list[str] = [self.core]
-        if self.core in ("taylor_sparse", "sparse"):
-            parts.append(f"threshold {self.threshold:g}, {self.bits} bits")
-        if self.squares:
-            parts.append("with squares")
-        if self.value_conv:
-            parts.append(f"value_conv {self.value_conv}x{self.value_conv}")
-        return ", ".join(parts)
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model becomes: one spec for every attention module, and exceptions by name.
+    """What a model becomes: specs for its attention, the linear layers in and beside it, and exceptions by name.
 
-    attention          the spec of every module that no pattern names; a str is short for AttentionSpec(core=...)
-    modules            pattern (fnmatch, on the qualified name) -> spec; of the patterns that match, the last wins
+    attention          the spec of every attention module; a str is short for AttentionSpec(core=...)
+    projections        the spec of the linear layers inside attention modules; a str is short for its primitive
+    mlp                the spec of the linear layers in the blocks around attention; with "mixture" an MLP that treats
+                       each token alone gets one router, otherwise each of its layers has its own
+    modules            pattern (fnmatch, on the qualified name) -> spec; of the patterns that match, the last wins.
+                       A spec with a core is for attention modules, one with a primitive for linear layers (any in the
+                       model), MLPs and convolutions
     keep_if_costlier   leave softmax where Taylor would multiply more (few tokens, wide heads)
+    min_tokens         leave attention over fewer keys as it is
 
-    >>> recipe = Recipe("mine", attention="taylor", modules={"blocks.0.*": "softmax"})
+    >>> recipe = Recipe("mine", attention="taylor", mlp="shift", modules={"blocks.0.*": "softmax"})
     >>> recipe.spec_for("blocks.0.attn").core, recipe.spec_for("blocks.1.attn").core
     ('softmax', 'taylor')
     >>> Recipe.from_dict(recipe.to_dict()) == recipe
@@ -93,29 +50,45 @@ class Recipe:
 
     name: str = "custom"
     attention: AttentionSpec = field(default_factory=AttentionSpec)
-    modules: Mapping[str, AttentionSpec] = field(default_factory=dict)
+    modules: Mapping[str, Spec] = field(default_factory=dict)
     keep_if_costlier: bool = True
+    projections: LinearSpec = field(default_factory=LinearSpec)
+    mlp: LinearSpec = field(default_factory=LinearSpec)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"name must be a non-empty string, not {self.name!r}")
         if not isinstance(self.keep_if_costlier, bool):
             raise InputError(f"keep_if_costlier must be true or false, not {self.keep_if_costlier!r}")
+        if not is_int(self.min_tokens) or self.min_tokens < 0:
+            raise InputError(f"min_tokens must be a whole number of at least 0, not {self.min_tokens!r}")
         if not isinstance(self.modules, Mapping):
             raise InputError(f"modules must map patterns to specs, not {self.modules!r}")
         # Frozen: the only way to write the coerced values.
-        object.__setattr__(self, "attention", _spec(self.attention, "attention"))
+        object.__setattr__(self, "attention", _read(AttentionSpec, self.attention, "attention"))
+        for role in ("projections", "mlp"):
+            object.__setattr__(self, role, _read(LinearSpec, getattr(self, role), role))
         # A plain dict, so that a model carrying its recipe can be deep-copied.
-        modules = {_pattern(pattern): _spec(spec, f"modules[{pattern!r}]") for pattern, spec in self.modules.items()}
+        modules = {_pattern(pattern): _any_spec(spec, f"modules[{pattern!r}]") for pattern, spec in self.modules.items()}
         object.__setattr__(self, "modules", modules)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.attention, frozenset(self.modules.items()), self.keep_if_costlier))
+        rules = (self.attention, self.projections, self.mlp, self.keep_if_costlier, self.min_tokens)
+        return hash((self.name, rules, frozenset(self.modules.items())))
 
     def spec_for(self, name: str) -> AttentionSpec:
-        """Return the spec of the module with that qualified name."""
-        matching = [spec for pattern, spec in self.modules.items() if self.names_module(pattern, name)]
-        return matching[-1] if matching else self.attention
+        """Return the spec of the attention module with that qualified name."""
+        return self._last_match(AttentionSpec, name) or self.attention
+
+    def linear_spec_for(self, name: str, default: LinearSpec) -> LinearSpec:
+        """Return the spec of the linear layer, MLP or convolution with that name; `default` if no pattern names it."""
+        return self._last_match(LinearSpec, name) or default
+
+    def _last_match(self, kind: type[S], name: str) -> S | None:
+        patterns = ((p, s) for p, s in self.modules.items() if isinstance(s, kind))
+        matching = [spec for pattern, spec in patterns if self.names_module(pattern, name)]
+        return matching[-1] if matching else None
 
     @staticmethod
     def names_module(pattern: str, name: str) -> bool:
@@ -138,12 +111,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a YAML or JSON file; a file without `name` gives its own."""
         path = Path(path)
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        except FileNotFoundError:
-            raise InputError(f"recipe file {str(path)!r} does not exist") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"recipe file {str(path)!r} cannot be read: {error}") from error
+        data = read_yaml(path, "recipe file")
         try:
             return cls.from_dict({"name": path.stem, **data} if isinstance(data, Mapping) else data)
         except InputError as error:
@@ -157,19 +125,41 @@ class Recipe:
         path.write_text(text, encoding="utf-8")
 
 
-def _spec(value: Any, where: str) -> AttentionSpec:
-    if isinstance(value, AttentionSpec):
+def read_yaml(path: Path, what: str) -> Any:
+    """Return the plain data in a YAML or JSON file; raises InputError naming the file, called `what`."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise InputError(f"{what} {str(path)!r} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from error
+
+
+def _any_spec(value: Any, where: str) -> Spec:
+    """Read a spec of either kind: by its name, or by which kind its keys belong to."""
+    if isinstance(value, str):
+        if value not in (*get_args(CoreName), *get_args(Primitive)):
+            raise unknown(where, value, [*get_args(CoreName), *get_args(Primitive)])
+        linear = value in get_args(Primitive)
+    else:
+        linear = isinstance(value, LinearSpec) or (isinstance(value, Mapping) and "primitive" in value)
+    return _read(LinearSpec, value, where) if linear else _read(AttentionSpec, value, where)
+
+
+def _read(kind: type[S], value: Any, where: str) -> S:
+    short, own_name = ("core", ATTENTION) if kind is AttentionSpec else ("primitive", LINEAR)
+    if isinstance(value, kind):
         return value
     if isinstance(value, str):
-        value = {"core": value}
+        value = {short: value}
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be a core's name or a mapping, not {value!r}")
-    _check_keys(value, AttentionSpec, f"key in {where}")
+        raise InputError(f"{where} must be a {short}'s name or a mapping, not {value!r}")
+    _check_keys(value, kind, f"key in {where}")
     try:
-        return AttentionSpec(**value)
+        return kind(**value)
     except InputError as error:
-        # The spec calls itself "attention"; inside `modules` say which one.
-        raise InputError(str(error).replace("attention.", f"{where}.")) from None
+        # The spec calls itself by its kind; say which one of the recipe it is.
+        raise InputError(str(error).replace(f"{own_name}.", f"{where}.")) from None
 
 
 def _check_keys(data: Mapping[Any, Any], cls: type, kind: str) -> None:
@@ -186,7 +176,3 @@ def _pattern(pattern: Any) -> str:
     if not isinstance(pattern, str) or not pattern:
         raise InputError(f"modules has the pattern {pattern!r}: a pattern is a non-empty string such as 'blocks.0.*'")
     return pattern
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

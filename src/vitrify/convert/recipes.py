@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vitrify.convert.recipe import AttentionSpec, Recipe
+from vitrify.convert.recipe import Recipe
+from vitrify.convert.specs import AttentionSpec, LinearSpec
 from vitrify.errors import InputError, unknown
 
 
@@ -15,6 +16,31 @@ def vitality() -> Recipe:
     Threshold 0.5 is recalled, not checked, as the paper's; the released code has 0.002. docs/papers.md 3.
     """
     return Recipe("vitality", AttentionSpec("taylor_sparse", threshold=0.5, bits=4))
+
+
+def shiftaddvit() -> Recipe:
+    """ShiftAddViT's: attention on binary codes, which only adds; shifting projections; MLPs as a mixture of both.
+
+    PVT's spatial reduction goes, and attention over 49 tokens (its last stage) stays softmax, as the authors have it. Shift
+    weights have 5 bits, DeepShift's default. docs/papers.md 6, 7, 8.
+    """
+    return Recipe(
+        "shiftaddvit",
+        AttentionSpec("hamming", value_conv=3, reduction="remove", bias="drop"),
+        projections=LinearSpec("shift", bits=5),
+        mlp=LinearSpec("mixture", bits=5),
+        min_tokens=64,
+    )
+
+
+def vitrify() -> Recipe:
+    """Both papers at once: Taylor attention with its convolution, shifting projections, and MLPs as a mixture."""
+    return Recipe(
+        "vitrify",
+        AttentionSpec("taylor", value_conv=3, reduction="remove"),
+        projections=LinearSpec("shift", bits=5),
+        mlp=LinearSpec("mixture", bits=5),
+    )
 
 
 def taylor() -> Recipe:
@@ -32,7 +58,9 @@ def softmax() -> Recipe:
     return Recipe("softmax", AttentionSpec("softmax"))
 
 
-_RECIPES: dict[str, Callable[[], Recipe]] = {r.__name__: r for r in (softmax, sparse, taylor, vitality)}
+_RECIPES: dict[str, Callable[[], Recipe]] = {
+    r.__name__: r for r in (shiftaddvit, softmax, sparse, taylor, vitality, vitrify)
+}
 
 
 def names() -> list[str]:

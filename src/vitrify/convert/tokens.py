@@ -1,9 +1,9 @@
-"""How many tokens each attention sees, found by running a shape-only copy of the model: Taylor can cost more on few."""
+"""What a forward pass does, found by running a shape-only copy of the model: token counts, and which layers it calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,14 +58,23 @@ def check_input_size(input_size: Any) -> InputSize:
     return sizes[0], sizes[1], sizes[2]
 
 
-def attention_shapes(
-    model: nn.Module, adapters: Mapping[str, type[Adapter]], input_size: InputSize
-) -> dict[str, Shape]:
-    """Return the shape of every named attention in one forward pass of two images; nothing real is run or changed.
+@dataclass(frozen=True)
+class Trial:
+    """What a trial run saw: the shape of each attention, and the layers that were called (None: it was not run)."""
+
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    called: set[str] | None = None
+
+
+def trial_run(
+    model: nn.Module, adapters: Mapping[str, type[Adapter]], layers: Sequence[str], input_size: InputSize
+) -> Trial:
+    """Return what one forward pass of two images does to the named modules; nothing real is run or changed.
 
     Raises whatever the model raises at that size.
     """
     shapes: dict[str, Shape] = {}
+    called: set[str] = set()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copy = fake_copy(model, mode)
     for child in copy.modules():
@@ -75,10 +84,12 @@ def attention_shapes(
         module = copy.get_submodule(name)
         adopt(module, adapter, adapter.softmax_core(module))
         module.core.register_forward_pre_hook(_recorder(shapes, name), with_kwargs=True)  # type: ignore[union-attr]
+    for name in layers:
+        copy.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
     weight = like(model)
     with mode, torch.no_grad():
         copy(torch.empty(2, *input_size, dtype=weight.dtype, device=weight.device))
-    return shapes
+    return Trial(shapes, called)
 
 
 def _recorder(shapes: dict[str, Shape], name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrify.errors import InputError
 from vitrify.nn.cores import Softmax
+from vitrify.nn.mixture import Mixture
 from vitrify.train.tasks import Task
 
 
@@ -36,6 +37,10 @@ class Objective(nn.Module):
             for name, value in collect().items() if callable(collect) else ():
                 loss = loss + value
                 logs[f"aux/{module_name}.{name}"] = value.detach()
+            if isinstance(module, Mixture):
+                # The hard share: a soft one can look balanced while an expert gets nothing.
+                shares = zip(module.expert_names, module.share.clone(), strict=True)
+                logs |= {f"share/{module_name}.{expert}": share for expert, share in shares}
         logs["loss"] = loss.detach()
         return loss, logs
 

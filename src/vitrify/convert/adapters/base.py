@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from vitrify.convert.copies import detached_copy, randomise
-from vitrify.convert.recipe import AttentionSpec
+from vitrify.convert.specs import AttentionSpec
 from vitrify.errors import UnsupportedError
-from vitrify.nn import Core, CoreAttention, Softmax, Taylor, TaylorSparse, TokenGrid, ValueConv
+from vitrify.nn import Core, CoreAttention, Hamming, Softmax, Taylor, TaylorSparse, TokenGrid, ValueConv
 
 
 class Adapter(CoreAttention):
@@ -28,7 +28,7 @@ class Adapter(CoreAttention):
 
     source: ClassVar[type[nn.Module]]
     token_grid: TokenGrid | None
-    attention_spec: AttentionSpec
+    attention_spec: AttentionSpec = AttentionSpec()
     """What `convert_` last made of this module, by whichever call."""
 
     if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Adapter(CoreAttention):
     def value_channels(cls, module: Any) -> int:
         """Return heads * value width: the channels of a value_conv."""
         raise NotImplementedError
+
+    @classmethod
+    def query_heads(cls, module: Any) -> tuple[int, int]:
+        """Return (heads, width of a query or key): what codes are made of."""
+        return int(module.num_heads), int(module.head_dim)
 
     @classmethod
     def dropout_p(cls, module: Any) -> float:
@@ -84,8 +89,20 @@ def make_core(spec: AttentionSpec, adapter: type[Adapter], module: nn.Module) ->
         return adapter.softmax_core(module)
     if spec.core == "taylor":
         return Taylor(squares=spec.squares, bias=spec.bias)
+    device, dtype = like(module).device, like(module).dtype
+    if spec.core == "hamming":
+        return Hamming(
+            *adapter.query_heads(module),
+            order=spec.order,
+            codes=spec.codes,
+            binariser=spec.binariser,
+            share=spec.share_codes,
+            form=spec.form,
+            bias=spec.bias,
+            device=device,
+            dtype=dtype,
+        )
     low_rank = spec.core == "taylor_sparse"
-    device = like(module).device
     return TaylorSparse(spec.threshold, spec.bits, low_rank=low_rank, bias=spec.bias, device=device)
 
 

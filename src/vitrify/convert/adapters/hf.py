@@ -19,7 +19,7 @@ from transformers.models.siglip.configuration_siglip import SiglipTextConfig
 from transformers.models.vit import modeling_vit
 
 from vitrify.convert.adapters.base import Adapter, watching
-from vitrify.convert.recipe import AttentionSpec
+from vitrify.convert.specs import AttentionSpec
 from vitrify.errors import UnsupportedError
 from vitrify.nn import Softmax, TokenGrid
 from vitrify.nn.cores import Dropout
@@ -156,6 +156,11 @@ class HFAdapter(Adapter):
         if spec.core != "softmax" and module.is_causal:
             return "is_causal: linear attention sums over all keys at once"
         return super().refusal(module, spec)
+
+    @classmethod
+    def query_heads(cls, module: Any) -> tuple[int, int]:
+        """Return (heads, width of a query), from the projection: the classes name their head counts differently."""
+        return module.q_proj.out_features // module.head_dim, int(module.head_dim)
 
     @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:

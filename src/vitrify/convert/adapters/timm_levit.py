@@ -15,7 +15,7 @@ from timm.models.levit import Attention, AttentionDownsample
 from torch import Tensor, nn
 
 from vitrify.convert.adapters.base import Adapter
-from vitrify.convert.recipe import AttentionSpec
+from vitrify.convert.specs import AttentionSpec
 from vitrify.nn import Softmax, Taylor, TokenGrid
 
 
@@ -53,13 +53,22 @@ class LeViTAdapter(Adapter):
         return int(module.val_attn_dim)
 
     @classmethod
+    def query_heads(cls, module: Any) -> tuple[int, int]:
+        """Return (heads, width of a key): values are wider."""
+        return int(module.num_heads), int(module.key_dim)
+
+    @classmethod
     def dropout_p(cls, module: Any) -> float:
         """Return 0: LeViT has no attention dropout."""
         return 0.0
 
     @classmethod
     def refusal(cls, module: Any, spec: AttentionSpec) -> str | None:
-        """Refuse the squares term beside a bias, which is first-order."""
+        """Refuse the squares term, and codes, beside a bias, which is first-order; and V/2 where queries are fewer."""
+        if spec.core == "hamming" and spec.bias == "carry":
+            return "codes have no rule for this module's position bias: set attention.bias to 'drop'"
+        if spec.core == "hamming" and spec.form == "published" and isinstance(module, AttentionDownsample):
+            return "the published form adds V/2, which has more tokens than the queries here: set attention.form to 'taylor'"
         if spec.squares and spec.bias == "carry":
             return "attention.squares has no rule for this module's position bias: set attention.bias to 'drop'"
         return super().refusal(module, spec)

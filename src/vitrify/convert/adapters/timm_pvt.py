@@ -10,11 +10,16 @@ from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 from vitrify.convert.adapters.base import Adapter
+from vitrify.convert.specs import AttentionSpec
 from vitrify.nn import Softmax, TokenGrid
 
 
 class PVTAttention(Adapter, Attention):  # type: ignore[misc]  # timm has no types
-    """Projections and spatial reduction as in timm; the attention itself is the core's."""
+    """Projections and spatial reduction as in timm; the attention itself is the core's.
+
+    With `reduction="remove"` keys and values come from every token, as ShiftAddViT's authors first make them, and the
+    reduction's convolution and norm stay in the state dict without being used.
+    """
 
     source = Attention
 
@@ -23,7 +28,9 @@ class PVTAttention(Adapter, Attention):  # type: ignore[misc]  # timm has no typ
         B, N, C = x.shape
         H, W = feat_size
         q = self.q(x).reshape(B, N, self.num_heads, -1).permute(0, 2, 1, 3)
-        if self.pool is not None:
+        if self.attention_spec.reduction == "remove":
+            pass
+        elif self.pool is not None:
             x = self.pool(x.permute(0, 2, 1).reshape(B, C, H, W))
             x = self.act(self.norm(self.sr(x).reshape(B, C, -1).permute(0, 2, 1)))
         elif self.sr is not None:
@@ -37,7 +44,7 @@ class PVTAttention(Adapter, Attention):  # type: ignore[misc]  # timm has no typ
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             dropout=self.attn_drop,
-            grid=(H, W, 0),
+            grid=(H, W, N - H * W),  # PVTv1 has a class token in its last stage
         )
         x = self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
         return x
@@ -61,11 +68,23 @@ class PVTAttention(Adapter, Attention):  # type: ignore[misc]  # timm has no typ
         return int(module.dim)
 
     @classmethod
+    def refusal(cls, module: Any, spec: AttentionSpec) -> str | None:
+        """Refuse what adds V itself to the output where keys and values live on another grid than the queries."""
+        published = spec.core == "hamming" and spec.form == "published"
+        if module.sr is not None and spec.reduction == "keep" and (spec.value_conv or published):
+            part = "value_conv" if spec.value_conv else "the published form's V/2"
+            return (
+                f"{part}: V lives on a reduced grid, not the queries', so their sum is undefined; set "
+                "attention.reduction to 'remove', or do without it (value_conv: 0, and form: taylor for codes)"
+            )
+        return super().refusal(module, spec)
+
+    @classmethod
+    def remark(cls, module: Any, spec: AttentionSpec) -> str:
+        """Say that the reduction is gone where there was one."""
+        return "spatial reduction removed" if module.sr is not None and spec.reduction == "remove" else ""
+
+    @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
-        """Return None, as the grid comes with each call; refuse where keys and values live on another one."""
-        if module.sr is None:
-            return None
-        return (
-            "value_conv: V lives on a reduced grid, not the queries', so their sum is undefined; "
-            "give this module a spec without value_conv under `modules`"
-        )
+        """Return None, as the grid comes with each call."""
+        return None
