@@ -57,14 +57,14 @@ def test_decode_is_exact_for_every_code(bits, variant, dtype):
         assert [Fraction(v) for v in row] == [value_of(c, e, bits, variant) for c in range(2**bits)]
 
 
-@pytest.mark.parametrize("variant", ["ps", "q"])
-def test_rounding_of_every_positive_float16(variant):
+def test_rounding_of_every_positive_float16():
     """All 31,743 of them in one row of 6 bits, against exact arithmetic."""
     halves = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16)
-    codes, exponent = shift_quantize(halves[None].float(), 6, variant, exponent=torch.tensor([4]))
-    for half, code in zip(halves.tolist(), codes[0].tolist(), strict=True):
-        assert value_of(code, 4, 6, variant) == Fraction(2) ** min(rounded_log2(half), 4)
-    assert exponent.tolist() == [4]
+    expected = torch.tensor([2.0 ** min(rounded_log2(half), 4) for half in halves.tolist()])
+    for variant in ("ps", "q"):
+        codes, exponent = shift_quantize(halves[None].float(), 6, variant, exponent=torch.tensor([4]))
+        assert torch.equal(shift_decode(codes, exponent, 6, variant)[0], expected)
+        assert exponent.tolist() == [4]
 
 
 @given(st.floats(0.5, 2.0), st.integers(-60, 60))
@@ -173,11 +173,11 @@ def test_shift_linear_in_lower_precision(dtype):
 
 def test_gradients():
     generator = torch.Generator().manual_seed(2)
-    codes, exponent = shift_quantize(weights(6, 7))
+    codes, exponent = shift_quantize(weights(2, 3))
     packed = pack_codes(codes)
-    for shape in ((7,), (2, 3, 7)):
+    for shape in ((3,), (2, 2, 3)):
         input = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-        bias = torch.randn(6, dtype=torch.float64, generator=generator, requires_grad=True)
+        bias = torch.randn(2, dtype=torch.float64, generator=generator, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x, b: shift_linear(x, packed, exponent, b), (input, bias))
         assert torch.autograd.gradgradcheck(lambda x, b: shift_linear(x, packed, exponent, b).tanh(), (input, bias))
 

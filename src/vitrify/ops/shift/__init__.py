@@ -110,7 +110,7 @@ def shift_linear(
         bias = None if bias is None else bias.to(dtype)
     validation.check_format(bits, variant)
     validation.check_linear(input, codes, exponent, bias, bits, variant)
-    if torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export():
+    if reference.exporting():
         return linear(input, codes, exponent, bias, bits, variant)
     return shift_linear_op(input, codes, exponent, bias, bits, variant)
 

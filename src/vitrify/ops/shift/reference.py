@@ -20,6 +20,11 @@ LOG_HALF_WAY = math.nextafter(math.sqrt(0.5), 0)
 LINEAR_HALF_WAY = math.nextafter(0.75, 0)
 
 
+def exporting() -> bool:
+    """Say whether a graph for another runtime is being recorded, which must hold plain ATen calls only."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
+
+
 def top_level(bits: int) -> int:
     """Return the largest magnitude code, which stands for 2^E; it is also the number of exponents of variant "ps"."""
     return (1 << (bits - 1)) - 1
@@ -94,8 +99,8 @@ def decode(codes: Tensor, exponent: Tensor, bits: int, variant: str) -> Tensor:
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """Return float32 2^exponent for int32 exponents in [-126, 127]: not a rounded pow, the float's own bits."""
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        # ONNX cannot reinterpret bits; there the powers are a table.
+    if exporting():
+        # Neither ONNX nor TorchScript can reinterpret bits; there the powers are a table.
         table = torch.tensor([2.0**p for p in range(-126, 128)], device=exponent.device)
         return table[(exponent + 126).clamp(min=0).long()]
     return ((exponent + 127) << 23).view(torch.float32)
