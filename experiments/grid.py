@@ -95,7 +95,14 @@ class Grid:
         row = self.table["rows"][name]
         kind = "plan" if "plan" in row else "recipe"
         model, *weights = self.start()
-        words = ["finetune", model, f"--{kind}", self._file(row[kind]), "--output", self._shown(self.runs / f"{name}-s{seed}")]
+        words = [
+            "finetune",
+            model,
+            f"--{kind}",
+            self._file(row[kind]),
+            "--output",
+            self._shown(self.runs / f"{name}-s{seed}"),
+        ]
         return [str(w) for w in (*words, *weights, *self.table["common"], *row.get("options", []), "--seed", seed)]
 
     def collect(self) -> dict[str, Any]:
@@ -149,7 +156,12 @@ class Grid:
         with (self.runs / f"{name}.log").open("a") as file:
             print(f"$ {shlex.join(['vitrify', *words])}", file=file, flush=True)
             done = subprocess.run(
-                [sys.executable, "-m", "vitrify", *words], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False
+                [sys.executable, "-m", "vitrify", *words],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=file,
+                check=False,
             )
         return done.returncode == 0
 
@@ -170,7 +182,9 @@ def measured(run: Path) -> dict[str, Any]:
     weights = run / "model" / "model.safetensors"
     result: dict[str, Any] = {"top1": epochs[-1]["eval"]["top1"], "bytes": weights.stat().st_size}
     density = {
-        f"{line['epoch']:.2f}": round(statistics.mean(line["density"].values()), 5) for line in train if "density" in line
+        f"{line['epoch']:.2f}": round(statistics.mean(line["density"].values()), 5)
+        for line in train
+        if "density" in line
     }
     share = {name.removeprefix("share/"): round(v, 4) for name, v in epochs[-1].items() if name.startswith("share/")}
     return result | ({"density": density} if density else {}) | ({"share": share} if share else {})

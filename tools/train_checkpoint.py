@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -51,14 +52,17 @@ def main() -> None:
     record = {
         "command": "make checkpoint",
         "data": [dataset.source for dataset in datasets],
-        "stages": [
-            {"config": config.to_dict(), "epochs": [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]}
-            for config, folder in zip(STAGES, folders, strict=True)
-        ],
+        "stages": [stage_record(config, folder) for config, folder in zip(STAGES, folders, strict=True)],
         "machine": dataclasses.asdict(describe()),
     }
     WEIGHTS.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"{WEIGHTS}: {record['stages'][-1]['epochs'][-1]}")
+
+
+def stage_record(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """Return the settings and the epochs of one stage."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {"config": config.to_dict(), "epochs": [line for line in lines if line["kind"] == "epoch"]}
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Say whether a model computes what it did before any conversion: its attention is softmax, and its layers multiply."""
+    """Say whether a model computes what it did before any conversion: softmax attention, layers that multiply."""
     conversion = getattr(model, "_vitrify", None)
     applied = {} if conversion is None else conversion.applied
     return all(_is_plain(spec) for spec in applied.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,7 @@ import typer
 
 from vitrify.cli import options
 from vitrify.errors import InputError
+from vitrify.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,9 +69,19 @@ def finetune(  # the command line's options; all but the model are given by name
     teacher: Annotated[
         str, typer.Option(metavar="original|PATH", help="The model to learn from (distill, features).")
     ] = "original",
+    alpha: Annotated[
+        str,
+        typer.Option(
+            metavar="paper|measured|FILE",
+            help="Latencies that mixtures balance their experts by: the paper's 6 : 4; measured here, and written to "
+            "latencies.json in the run's folder; or such a file.",
+        ),
+    ] = "paper",
     threshold_schedule: Annotated[
         Literal["fixed", "rising"],
-        typer.Option(help="The sparse part's threshold: the recipe's; or rising from 0 (softmax) until nothing is kept (Taylor)."),
+        typer.Option(
+            help="The sparse part's threshold: the recipe's; or rising from 0 (softmax) until nothing is kept (Taylor)."
+        ),
     ] = "fixed",
     epochs: Annotated[int, typer.Option(help="Passes over the images.", rich_help_panel=_OPTIMISER)] = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel=_OPTIMISER)] = 128,
@@ -154,14 +166,17 @@ def finetune(  # the command line's options; all but the model are given by name
         _open_evaluation(data, student, on_error, needs_labels=objective != "features"),
     )
     typer.echo(f"training on {getattr(task.train_dataset, 'source', data)}", err=True)
-    settings = {"teacher": guide, "resume": "auto" if resume else "never"}
+    go_on: Literal["auto", "never"] = "auto" if resume else "never"
     try:
         if stages is not None:
-            result = train.run_plan(student, stages, task, config, output, convert=converter(task), **settings)
+            convert = converter(task, alpha, output, batch_size)
+            result = train.run_plan(student, stages, task, config, output, convert=convert, teacher=guide, resume=go_on)
         else:
             if recipe is not None or not hasattr(student, "_vitrify"):
-                converter(task)(student, recipes.get(recipe or "vitality"))
-            result = run(student, task, config, output, **settings)
+                converter(task, alpha, output, batch_size)(student, recipes.get(recipe or "vitality"))
+            elif alpha != "paper":
+                set_latencies(student, task, alpha, output, batch_size)
+            result = run(student, task, config, output, teacher=guide, resume=go_on)
     except KeyboardInterrupt as interruption:
         typer.echo(f"\n{interruption or 'interrupted'}\nthe same command resumes from {output}", err=True)
         raise typer.Exit(130) from None
@@ -202,14 +217,12 @@ def load_pair(spec: str, teacher: str | None, wanted: dict[str, Any]) -> tuple[n
     return student, guide
 
 
-def converter(task: Any) -> Callable[[nn.Module, Recipe], Conversion]:
-    """Return the function that converts a model, shows how, and fits its codes to the first training images."""
-    import torch
-
+def converter(task: Any, alpha: str, run: Path, batch_size: int) -> Callable[[nn.Module, Recipe], Conversion]:
+    """Return the function that converts a model, shows how, and fits codes and alpha to the first training images."""
     from vitrify.artefact import input_config
     from vitrify.cli.show import print_conversion
     from vitrify.convert import convert_
-    from vitrify.nn import Hamming, calibrate_codes_
+    from vitrify.nn import Hamming, Mixture, calibrate_codes_
 
     def convert(model: nn.Module, recipe: Recipe) -> Conversion:
         before = {module for module in model.modules() if isinstance(module, Hamming)}
@@ -218,11 +231,36 @@ def converter(task: Any) -> Callable[[nn.Module, Recipe], Conversion]:
         if not conversion.changed:
             raise InputError(f"recipe {recipe.name!r} changed nothing in {type(model).__name__}")
         if {module for module in model.modules() if isinstance(module, Hamming)} - before:
-            count = min(_CALIBRATION_IMAGES, len(task.train_dataset))
-            calibrate_codes_(model, torch.stack([task.train_dataset[i][0] for i in range(count)]))
+            calibrate_codes_(model, _first_images(task, _CALIBRATION_IMAGES))
+        if alpha != "paper" and any(isinstance(module, Mixture) for module in model.modules()):
+            set_latencies(model, task, alpha, run, batch_size)
         return conversion
 
     return convert
+
+
+def set_latencies(model: nn.Module, task: Any, alpha: str, run: Path, batch_size: int) -> None:
+    """Balance the mixtures in `model` by latencies from a file, or measured now and kept for when the run resumes."""
+    from vitrify.nn import LatencyRecord, apply_latencies_, measure_latencies_
+
+    file = run / "latencies.json" if alpha == "measured" else Path(alpha)
+    if alpha == "measured" and not file.exists():
+        typer.echo("measuring the experts' latencies", err=True)
+        record = measure_latencies_(model, _first_images(task, batch_size))
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(record.to_dict(), indent=1) + "\n")
+    try:
+        apply_latencies_(model, LatencyRecord.from_dict(json.loads(file.read_text())))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"--alpha {file}: {error}") from error
+        raise InputError(f"--alpha must be paper, measured or a latencies.json, not {alpha!r}: {error}") from error
+
+
+def _first_images(task: Any, count: int) -> Any:
+    import torch
+
+    return torch.stack([task.train_dataset[i][0] for i in range(min(count, len(task.train_dataset)))])
 
 
 def _print_result(run: Path, artefact: Path) -> None:

@@ -73,7 +73,7 @@ def convert_(
     for linear in linears:
         _apply_linear(linear, trial, conversion)
     release_grids(model)
-    touched = {site.name for site in (*sites, *linears)}
+    touched = {site.name for site in sites} | {site.name for site in linears}
     conversion.applied = _left_standing(model, touched, conversion) | conversion.applied
     model._vitrify = conversion  # type: ignore[assignment]  # a plain attribute, which nn.Module's types do not foresee
     return conversion
@@ -192,7 +192,9 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
 
 def _apply_linear(site: LinearSite, trial: Trial, conversion: Conversion) -> None:
     if trial.called is not None and site.name not in trial.called:
-        conversion.refused.append(site.change("is never called: the module around it reads its weight, or leaves it out"))
+        conversion.refused.append(
+            site.change("is never called: the module around it reads its weight, or leaves it out")
+        )
         return
     try:
         detail = convert_linear(site)

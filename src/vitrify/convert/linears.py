@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitrify.convert.adapters import qualified_name
+from vitrify.convert.adapters.base import OWN_FORWARD
 from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.recipe import Recipe
 from vitrify.convert.specs import LinearSpec
@@ -42,6 +43,7 @@ class LinearSite:
     spec: LinearSpec
 
     def change(self, detail: str) -> Change:
+        """Return the line of the Conversion about it."""
         return Change(self.name, qualified_name(_source(self.module)), detail)
 
 
@@ -194,7 +196,7 @@ def _source(module: nn.Module) -> type[nn.Module]:
 def _objection(module: nn.Module, spec: LinearSpec) -> str | None:
     """Return why the module cannot become what `spec` says, or None."""
     if "forward" in module.__dict__:
-        return "has a `forward` of its own, which hides its class's (accelerate's hooks do that): convert first"
+        return OWN_FORWARD
     if _is_mlp(module):
         return None
     if type(module) not in (*_LINEAR, *_CONV):
@@ -203,6 +205,5 @@ def _objection(module: nn.Module, spec: LinearSpec) -> str | None:
         return f"there is no {spec.primitive} primitive for convolutions: use 'shift'"
     if getattr(module, "packed", False):
         return None if spec == getattr(module, "linear_spec", None) else "is packed: its latent weight is gone"
-    if "weight" not in module._parameters:
-        return "its weight is not a parameter of its own (weight norm, pruning): remove that first"
-    return None
+    own_weight = "weight" in module._parameters
+    return None if own_weight else "its weight is not a parameter of its own (weight norm, pruning): remove that first"

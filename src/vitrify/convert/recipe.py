@@ -70,7 +70,9 @@ class Recipe:
         for role in ("projections", "mlp"):
             object.__setattr__(self, role, _read(LinearSpec, getattr(self, role), role))
         # A plain dict, so that a model carrying its recipe can be deep-copied.
-        modules = {_pattern(pattern): _any_spec(spec, f"modules[{pattern!r}]") for pattern, spec in self.modules.items()}
+        modules = {
+            _pattern(pattern): _any_spec(spec, f"modules[{pattern!r}]") for pattern, spec in self.modules.items()
+        }
         object.__setattr__(self, "modules", modules)
 
     def __hash__(self) -> int:

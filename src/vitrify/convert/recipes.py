@@ -21,8 +21,8 @@ def vitality() -> Recipe:
 def shiftaddvit() -> Recipe:
     """ShiftAddViT's: attention on binary codes, which only adds; shifting projections; MLPs as a mixture of both.
 
-    PVT's spatial reduction goes, and attention over 49 tokens (its last stage) stays softmax, as the authors have it. Shift
-    weights have 5 bits, DeepShift's default. docs/papers.md 6, 7, 8.
+    PVT's spatial reduction goes, and attention over 49 tokens (its last stage) stays softmax, as the authors have it.
+    Shift weights have 5 bits, DeepShift's default. docs/papers.md 6, 7, 8.
     """
     return Recipe(
         "shiftaddvit",

@@ -1,4 +1,4 @@
-"""What a forward pass does, found by running a shape-only copy of the model: token counts, and which layers it calls."""
+"""What a forward pass does, found by running a shape-only copy of the model: token counts, and the layers it calls."""
 
 from __future__ import annotations
 

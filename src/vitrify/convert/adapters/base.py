@@ -22,6 +22,9 @@ from vitrify.convert.specs import AttentionSpec
 from vitrify.errors import UnsupportedError
 from vitrify.nn import Core, CoreAttention, Hamming, Softmax, Taylor, TaylorSparse, TokenGrid, ValueConv
 
+# accelerate's hooks and monkeypatches live on the instance, where no class is asked.
+OWN_FORWARD = "has a `forward` of its own, which hides its class's (accelerate's hooks do that): convert first"
+
 
 class Adapter(CoreAttention):
     """Base of the adapters. Class methods take the module, before or after the swap."""
@@ -126,8 +129,7 @@ def adopt(module: Any, adapter: type[Adapter], core: Core, value_conv: int = 0, 
 def objection(module: nn.Module, adapter: type[Adapter], spec: AttentionSpec) -> str | None:
     """Return why `module` cannot become what `spec` says, or None: its adapter refuses, or a trial run fails."""
     if "forward" in module.__dict__:
-        # accelerate's hooks and monkeypatches live on the instance, where no class is asked.
-        return "has a `forward` of its own, which hides its class's (accelerate's hooks do that): convert first"
+        return OWN_FORWARD
     try:
         return adapter.refusal(module, spec) or (None if isinstance(module, Adapter) else verify(module, adapter))
     except Exception as error:  # replaced children (LoRA, quantised) may lack anything; leave the module alone

@@ -68,7 +68,7 @@ class LeViTAdapter(Adapter):
         if spec.core == "hamming" and spec.bias == "carry":
             return "codes have no rule for this module's position bias: set attention.bias to 'drop'"
         if spec.core == "hamming" and spec.form == "published" and isinstance(module, AttentionDownsample):
-            return "the published form adds V/2, which has more tokens than the queries here: set attention.form to 'taylor'"
+            return "the published form's V/2 has more tokens than the queries here: set attention.form to 'taylor'"
         if spec.squares and spec.bias == "carry":
             return "attention.squares has no rule for this module's position bias: set attention.bias to 'drop'"
         return super().refusal(module, spec)
