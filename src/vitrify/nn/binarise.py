@@ -98,12 +98,16 @@ class LearnedThreshold(Binariser):
 
     @torch.no_grad()
     def fit_(self, query: Tensor, key: Tensor, key_binariser: Binariser | None = None) -> None:
-        """Set the thresholds to the samples' means, which makes about half of the bits 1."""
-        samples = (query, key) if key_binariser is None else (query,)
-        tokens = torch.cat([x.double() for x in samples], dim=2)
-        self.threshold.copy_(tokens.mean((0, 2)).unsqueeze(1))
-        if key_binariser is not None:
-            key_binariser.fit_(key, key)
+        """Set the keys' thresholds (a shared one too) to the keys' mean, the queries' to 0.
+
+        Attention does not see a common offset of the keys, so the side of the mean is what tells them apart. It does
+        see one of the queries: codes about the queries' mean would lose what all queries look for.
+        """
+        mean = key.double().mean((0, 2)).unsqueeze(1)
+        if isinstance(key_binariser, LearnedThreshold):
+            key_binariser.threshold.copy_(mean)
+            mean = torch.zeros_like(mean)
+        self.threshold.copy_(mean)
 
 
 class TokenMean(Binariser):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitrify.errors import InputError, VitrifyError
@@ -22,8 +23,9 @@ from vitrify.ops.tracing import fx_leaf
 
 PAIRS = 10  # most and least similar keys of each query: the labels
 STEPS = 100  # gradient steps per bit
-STEP_SIZE = 0.02  # Adam's, for weights scaled to give projections of unit variance
-TOKENS = 256  # per image, drawn for the fit: the labels of n tokens are an n x n matrix
+STEP_SIZE = 0.05  # Adam's, for weights scaled to give projections of unit variance
+# Per image, drawn for the fit. Labels are an n x n matrix, of which 20 n are not 0: with fewer tokens a larger share.
+TOKENS = 64
 SEED = 0  # of the draw of anchors and tokens
 
 
@@ -79,21 +81,20 @@ class KSH(Binariser):
             raise InputError("the samples to fit hashing to hold NaN or infinities")
         generator = torch.Generator().manual_seed(SEED)
         query, key = _draw(query.float(), generator), _draw(key.float(), generator)
-        similar = _labels(query, key)
+        similar = _labels(query, key).transpose(0, 1).contiguous()
         if key_binariser is None:
             self._place_anchors(torch.cat((query, key), 2), generator)
-            weight = _fit_bits(self._kernel(query), self._kernel(key), similar, self.code_dim)
-            self.weight.copy_(weight)
+            self.weight.copy_(_fit_bits(self._features(query), self._features(key), similar, self.code_dim))
         else:
             self._place_anchors(query, generator)
             key_binariser._place_anchors(key, generator)
             # One long weight vector for both: queries see its first part, keys its second.
-            of_query, of_key = self._kernel(query), key_binariser._kernel(key)
-            padded_query = torch.cat((of_query, of_query.new_zeros(*of_query.shape[:3], of_key.shape[3])), 3)
-            padded_key = torch.cat((of_key.new_zeros(*of_key.shape[:3], of_query.shape[3]), of_key), 3)
-            weight = _fit_bits(padded_query, padded_key, similar, self.code_dim)
-            self.weight.copy_(weight[:, : of_query.shape[3]])
-            key_binariser.weight.copy_(weight[:, of_query.shape[3] :])
+            own, other = self.anchors.shape[1], key_binariser.anchors.shape[1]
+            of_query = F.pad(self._features(query), (0, 0, 0, other))
+            of_key = F.pad(key_binariser._features(key), (0, 0, own, 0))
+            weight = _fit_bits(of_query, of_key, similar, self.code_dim)
+            self.weight.copy_(weight[:, :own])
+            key_binariser.weight.copy_(weight[:, own:])
             key_binariser.fitted = True
         self.fitted = True
 
@@ -123,8 +124,9 @@ class KSH(Binariser):
         self.width.copy_(distances.mean((0, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)[:, None, None])
         self.mean.copy_(torch.exp(-distances / (2 * self.width.float())).mean((0, 2)).unsqueeze(1))
 
-    def _kernel(self, x: Tensor) -> Tensor:
-        return _kernel(x, self.anchors, self.width, self.mean)
+    def _features(self, x: Tensor) -> Tensor:
+        """Return the kernel of samples (B, H, N, D) as columns, (H, A, B N)."""
+        return _kernel(x, self.anchors, self.width, self.mean).permute(1, 3, 0, 2).flatten(2)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -172,53 +174,69 @@ def _labels(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _fit_bits(of_query: Tensor, of_key: Tensor, similar: Tensor, bits: int) -> Tensor:
-    """Return weights (H, P, bits) for kernel features (B, H, Nq, P), (B, H, Nk, P) and labels S (B, H, Nq, Nk)."""
+    """Return weights (H, P, bits) for kernel features (H, P, B Nq), (H, P, B Nk) and labels S (H, B, Nq, Nk).
+
+    Weights and signs are kept as rows (H, 1, .): a product with a column takes several times as long.
+    """
     residual = similar * bits
     weights = []
     for _ in range(bits):
-        first = _spectral(of_query, of_key, residual)
-        best, agreement, sign_q, sign_k = first, *_signs(of_query, of_key, residual, first)
-        refined = _descend(of_query, of_key, residual, first)
-        _, candidate, candidate_q, candidate_k = refined, *_signs(of_query, of_key, residual, refined)
-        better = candidate > agreement
-        best = torch.where(better[:, None, None], refined, first)
-        sign_q = torch.where(better[:, None, None], candidate_q, sign_q)
-        sign_k = torch.where(better[:, None, None], candidate_k, sign_k)
-        residual = residual - sign_q @ sign_k.mT
-        weights.append(best)
-    return torch.cat(weights, -1)
+        spectral = _spectral(of_query, of_key, residual)
+        refined = _descend(of_query, of_key, residual, spectral)
+        worse = _agreement(of_query, of_key, residual, refined) < _agreement(of_query, of_key, residual, spectral)
+        weight = torch.where(worse[:, None, None], spectral, refined)
+        sign_query, sign_key = _per_image(_signs(of_query, weight), _signs(of_key, weight), residual)
+        residual = residual - sign_query.mT @ sign_key
+        weights.append(weight)
+    return torch.cat(weights, 1).mT
 
 
 def _spectral(of_query: Tensor, of_key: Tensor, residual: Tensor) -> Tensor:
-    """Return the weights (H, P, 1) that maximise y_q^T R y_k for real-valued y of unit variance: an eigenvector."""
-    product = (of_query.mT @ (residual @ of_key)).sum(0)
-    variance = (of_query.mT @ of_query).sum(0) + (of_key.mT @ of_key).sum(0)
+    """Return the weights (H, 1, P) that maximise y_q R y_k for real-valued y of unit variance: an eigenvector."""
+    heads, images, queries, keys = residual.shape
+    split_query, split_key = (
+        f.view(heads, -1, images, f.shape[2] // images).transpose(1, 2) for f in (of_query, of_key)
+    )
+    product = (split_query @ residual @ split_key.mT).sum(1)
+    variance = of_query @ of_query.mT + of_key @ of_key.mT
     values, vectors = torch.linalg.eigh(variance)
-    # Directions the samples barely use would be blown up.
+    # Directions that the samples barely use would be blown up.
     floor = values[:, -1:] * 1e-4 + torch.finfo(values.dtype).tiny
     whitener = vectors * values.clamp(min=floor).rsqrt().unsqueeze(1)
     symmetric = whitener.mT @ (product + product.mT) @ whitener
-    weight = whitener @ torch.linalg.eigh(symmetric).eigenvectors[:, :, -1:]
-    tokens = of_query.shape[0] * (of_query.shape[2] + of_key.shape[2])
-    scaled: Tensor = weight * math.sqrt(tokens)
-    return scaled
+    weight: Tensor = (whitener @ torch.linalg.eigh(symmetric).eigenvectors[:, :, -1:]).mT
+    return weight * math.sqrt(images * (queries + keys))
 
 
 def _descend(of_query: Tensor, of_key: Tensor, residual: Tensor, start: Tensor) -> Tensor:
-    """Return `start` after gradient steps on -y_q^T R y_k / sum |R|, with softened signs tanh(z / 2), as published."""
-    size = residual.abs().sum((0, 2, 3)).clamp(min=1)
+    """Return `start` after gradient steps on -y_q R y_k / sum |R|, with softened signs tanh(z / 2), as published."""
+    size = residual.abs().sum((1, 2, 3)).clamp(min=1)
     with torch.enable_grad():
         weight = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([weight], lr=STEP_SIZE)
         for _ in range(STEPS):
-            soft_query, soft_key = torch.tanh(of_query @ weight / 2), torch.tanh(of_key @ weight / 2)
-            agreement = (soft_query * (residual @ soft_key)).sum((0, 2, 3))
-            (weight.grad,) = torch.autograd.grad(-(agreement / size).sum(), weight)
+            soft_query, soft_key = torch.tanh(weight @ of_query / 2), torch.tanh(weight @ of_key / 2)
+            loss = -(_product(soft_query, soft_key, residual) / size).sum()
+            (weight.grad,) = torch.autograd.grad(loss, weight)
             optimizer.step()
     return weight.detach()
 
 
-def _signs(of_query: Tensor, of_key: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y_q^T R y_k of each head (H,), and the signs y_q, y_k (B, H, N, 1) themselves."""
-    y_query, y_key = (torch.where(features @ weight > 0, 1.0, -1.0) for features in (of_query, of_key))
-    return (y_query * (residual @ y_key)).sum((0, 2, 3)), y_query, y_key
+def _agreement(of_query: Tensor, of_key: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """Return y_q R y_k of each head (H,), for the signs y that the weights give."""
+    return _product(_signs(of_query, weight), _signs(of_key, weight), residual)
+
+
+def _product(y_query: Tensor, y_key: Tensor, residual: Tensor) -> Tensor:
+    y_query, y_key = _per_image(y_query, y_key, residual)
+    return (y_query @ residual * y_key).sum((1, 2, 3))
+
+
+def _per_image(y_query: Tensor, y_key: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (H, 1, B Nq) and (H, 1, B Nk) as (H, B, 1, Nq) and (H, B, 1, Nk)."""
+    _, images, queries, keys = residual.shape
+    return y_query.view(-1, images, 1, queries), y_key.view(-1, images, 1, keys)
+
+
+def _signs(features: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight @ features > 0, 1.0, -1.0)
