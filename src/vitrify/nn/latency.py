@@ -23,7 +23,7 @@ MEASURE_AGAIN = "measure again with measure_latencies_"
 
 @dataclass(frozen=True)
 class ExpertLatencies:
-    """One mixture: shape of its tokens (T, C), (out, in) of its linear layers, and seconds by expert on all T tokens."""
+    """One mixture: shape of its tokens (T, C), (out, in) of its linear layers, seconds by expert on all T tokens."""
 
     shape: tuple[int, int]
     layers: tuple[tuple[int, int], ...]
@@ -71,8 +71,8 @@ def measure_latencies_(
     """Time every expert of every mixture in `model`, and set each mixture's `alpha` to what was found.
 
     The model runs once on `example_input` (a tensor, or keyword arguments) in eval mode; then each expert runs alone on
-    all tokens that its mixture got, as deployed: its shift layers packed (but "int8" as it is, in floats). Call it under
-    the autocast, on the device and with the batch size of the deployment. Experts take turns, and the median of
+    all tokens that its mixture got, as deployed: its shift layers packed (but "int8" as it is, in floats). Call it
+    under the autocast, on the device and with the batch size of the deployment. Experts take turns, and the median of
     `repeats` calls counts.
 
     Raises InputError if the model has no mixture, or one that the input does not reach.
