@@ -41,19 +41,17 @@ class Stage:
         if not isinstance(recipe, Recipe):
             raise InputError(f"stage.recipe must be a recipe, its name, or its file, not {recipe!r}")
         object.__setattr__(self, "recipe", recipe)
-        self.config(TrainConfig())  # checks epochs and lr
+        TrainConfig(**self._own(), min_lr=0.0, warmup_epochs=0.0)  # checks them
 
     def config(self, settings: TrainConfig) -> TrainConfig:
         """Return the settings of this stage's training."""
-        own = {name: value for name in ("epochs", "lr") if (value := getattr(self, name)) is not None}
-        changed = settings.to_dict() | own
-        return TrainConfig(
-            **changed
-            | {
-                "min_lr": min(settings.min_lr, changed["lr"]),
-                "warmup_epochs": min(settings.warmup_epochs, changed["epochs"]),
-            }
-        )
+        changed = settings.to_dict() | self._own()
+        changed["min_lr"] = min(settings.min_lr, changed["lr"])
+        changed["warmup_epochs"] = min(settings.warmup_epochs, changed["epochs"])
+        return TrainConfig(**changed)
+
+    def _own(self) -> dict[str, Any]:
+        return {name: value for name in ("epochs", "lr") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
