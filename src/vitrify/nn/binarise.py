@@ -22,23 +22,25 @@ def binarise(x: Tensor, threshold: Tensor, codes: Codes) -> Tensor:
     """Return the codes of x, in its dtype: 1 where x > threshold, else 0 ("binary") or -1 ("sign"); x = t gives no bit.
 
     The gradient is that of clamp(x - t, -1, 1), of which "binary" is half plus a half: 1 (or 1/2) where |x - t| <= 1,
-    else 0, and the negative for the threshold. NaN stays NaN wherever a gradient is asked for.
-    Raises InputError if the threshold does not broadcast to x.
+    else 0, and the negative for the threshold. An exported or traced graph has no such gradient: it is for inference.
+    Raises InputError for thresholds (H, 1, D) of other heads or channels than x (B, H, N, D) has.
     """
-    if len(threshold.shape) > len(x.shape) or any(
-        t not in (1, n) for t, n in zip(reversed(threshold.shape), reversed(x.shape), strict=False)
-    ):
+    if threshold.dim() == 3 and (threshold.shape[0], threshold.shape[2]) != (x.shape[1], x.shape[3]):
         raise InputError(
-            f"x {tuple(x.shape)} does not fit thresholds of shape {tuple(threshold.shape)} "
-            "(heads, 1, channels): build the binariser with the layer's num_heads and head_dim"
+            f"x {tuple(x.shape)} does not fit thresholds (heads, 1, channels) {tuple(threshold.shape)}: build the "
+            "binariser with the layer's num_heads and head_dim"
         )
     shifted = x - threshold
     bits = (shifted > 0).to(shifted.dtype)
     hard = bits if codes == "binary" else 2 * bits - 1
-    if torch.is_grad_enabled() and shifted.requires_grad:
+    if torch.is_grad_enabled() and shifted.requires_grad and not _exporting():
         soft = shifted.clamp(-1, 1) * (0.5 if codes == "binary" else 1.0)
         hard = hard + (soft - soft.detach())
     return hard.to(x.dtype)
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
 class Binariser(nn.Module):

@@ -121,7 +121,7 @@ class KSH(Binariser):
         self.anchors.copy_(tokens[:, chosen])
         distances = _square_distances(samples, self.anchors.float())
         # Identical samples have width 0; the kernel is then the same number for all of them, whatever it is divided by.
-        self.width.copy_(distances.mean((0, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)[:, None, None])
+        self.width.copy_(distances.mean((0, 2, 3)).clamp(min=torch.finfo(self.width.dtype).tiny)[:, None, None])
         self.mean.copy_(torch.exp(-distances / (2 * self.width.float())).mean((0, 2)).unsqueeze(1))
 
     def _features(self, x: Tensor) -> Tensor:
