@@ -67,6 +67,7 @@ def test_rounding_of_every_positive_float16():
         assert exponent.tolist() == [4]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(0.5, 2.0), st.integers(-60, 60))
 def test_float64_and_float32_round_where_exact_arithmetic_does(mantissa, power):
     for dtype in (torch.float64, torch.float32):
