@@ -1,4 +1,4 @@
-"""The Hamming core: its two forms, what calibration fits, what it costs, what it refuses, and how it travels."""
+"""The Hamming core: its two forms, what it costs, what it refuses, and how it travels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hamming_inputs import SCALE, codes_of, core, padding, tensors
 from torch import nn
 
-from vitrify.errors import InputError, UnsupportedError, VitrifyError
-from vitrify.nn import Attention, Hamming, Taylor, calibrate_codes_, kernel_hash
+from vitrify.errors import InputError, UnsupportedError
+from vitrify.nn import Hamming, Taylor, kernel_hash
 from vitrify.ops import hamming_attention
 
-SCALE = 0.35
 FORMS = ("published", "taylor")
 # Each form and each binariser once, where the two have nothing to do with each other.
 VARIETY = (("published", "learned"), ("taylor", "token_mean"), ("taylor", "ksh"))
@@ -25,35 +25,10 @@ def nothing_compiled_before():
     torch.compiler.reset()
 
 
-def tensors(queries=7, keys=7, *, dtype=torch.float64, seed=0, images=2):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (queries, 8), (keys, 8), (keys, 5)
-    return [torch.randn(images, 3, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def core(form="published", *, dtype=torch.float64, **options):
-    """Return a core for 3 heads of 8 channels, its parameters drawn at random."""
-    made = Hamming(3, 8, form=form, dtype=dtype, **options)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, 0.3, 0.2, generator=generator)
-    return made
-
-
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Hashing is fitted in many tests here, and how well in none."""
     monkeypatch.setattr(kernel_hash, "STEPS", 3)
-
-
-def padding():
-    keep = torch.ones(2, 1, 1, 7, dtype=torch.bool)
-    keep[0, ..., 4:] = False
-    return keep
-
-
-def codes_of(module, q, k):
-    return module.query_binariser(q), (module.key_binariser or module.query_binariser)(k)
 
 
 @pytest.mark.parametrize("codes", ["binary", "sign"])
@@ -150,123 +125,6 @@ def test_half_types_do_not_overflow(form, dtype):
         assert out.dtype == dtype
         truth = copy.deepcopy(module).double()(q.double(), k.double(), v.double(), scale=SCALE)
         torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps, atol=0)
-
-
-def related(images=6, tokens=40, seed=0):
-    """Return queries and keys of related tokens, keys with a large offset in common."""
-    x = tensors(tokens, tokens, images=images, seed=seed)[0]
-    mixing = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    return x + 0.3, x @ mixing + 5
-
-
-@pytest.mark.parametrize("binariser", ["learned", "token_mean", "ksh"])
-@pytest.mark.parametrize("codes", ["binary", "sign"])
-def test_calibration_fits_the_gain_by_least_squares(binariser, codes):
-    q, k = related()
-    module = core("taylor", binariser=binariser, codes=codes)
-    fit = module.calibrate_(q, k, scale=SCALE)
-    cq, ck = codes_of(module, q, k)
-    logits = SCALE * q @ (k - k.mean(-2, keepdim=True)).mT
-    products = cq @ (ck - ck.mean(-2, keepdim=True)).mT
-    for head in range(3):
-        x, y = products[:, head].flatten(), logits[:, head].flatten()
-        torch.testing.assert_close(module.gain[head].item(), (x @ y / (x @ x)).item())
-        explained = 1 - (y - module.gain[head].item() * x).square().sum() / y.square().sum()
-        torch.testing.assert_close(fit[head].item(), explained.item())
-
-
-def test_calibration_starts_close_to_taylor():
-    q, k = related(seed=2)
-    v = tensors(40, 40, images=6)[2]
-    module = Hamming(3, 8, form="taylor", codes="sign", dtype=torch.float64)
-    taylor = Taylor()(q, k, v, scale=SCALE)
-
-    def error():
-        return (module(q, k, v, scale=SCALE) - taylor).norm() / (taylor - v.mean(-2, keepdim=True)).norm()
-
-    before = error()
-    module.calibrate_(*related(seed=0), scale=SCALE)  # on other images
-    assert error() < 0.8  # what is expected of independent Gaussian channels: sqrt(1 - (2 / pi)^2) = 0.77
-    # Uncalibrated thresholds lie outside the offset keys: every code alike, which leaves the mean of V.
-    assert before > 0.95
-
-
-def test_gaussian_gain_is_the_xnor_estimate():
-    """For independent Gaussian queries and keys least squares is scale E|q| E|k|, and explains (2 / pi)^2."""
-    q, k, _ = tensors(64, 64, images=40)
-    module = Hamming(3, 8, form="taylor", codes="sign", dtype=torch.float64)
-    fit = module.calibrate_(q, k, scale=SCALE)
-    torch.testing.assert_close(module.gain.mean().item(), SCALE * 2 / math.pi, rtol=0.02, atol=0)
-    torch.testing.assert_close(fit.mean().item(), (2 / math.pi) ** 2, rtol=0.05, atol=0)
-
-
-def test_calibration_without_anything_to_fit_keeps_the_gain():
-    module = Hamming(3, 8, form="taylor")
-    ones = torch.ones(2, 3, 9, 8)
-    assert torch.equal(module.calibrate_(ones, ones, scale=SCALE), torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(module.gain.flatten(), torch.full((3,), 8**-0.5))
-
-
-class Model(nn.Module):
-    """Two blocks of attention on tokens (B, N, 24), with dropout to tell training from evaluation."""
-
-    def __init__(self, **options):
-        super().__init__()
-        cores = (Hamming(3, 8, form="taylor", codes="sign", **options) for _ in range(2))
-        self.blocks = nn.ModuleList(Attention(24, 3, core) for core in cores)
-        self.dropout = nn.Dropout(0.5)
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            for parameter in self.blocks.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-    def forward(self, x, attn_mask=None):
-        for block in self.blocks:
-            x = x + block(self.dropout(x), attn_mask)
-        return x
-
-
-def images(seed=0):
-    return torch.randn(4, 20, 24, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("binariser", ["learned", "ksh"])
-def test_calibrates_every_core_after_those_before_it(binariser):
-    model = Model(binariser=binariser).train()
-    model.blocks[1].eval()
-    if binariser == "ksh":
-        with pytest.raises(VitrifyError, match="calibrate_codes_"):
-            model(images())
-    fits = calibrate_codes_(model, images())
-    assert list(fits) == ["blocks.0.core", "blocks.1.core"]
-    assert all(0.05 < fit < 1 for fit in fits.values())
-    assert [m.training for m in (model, model.dropout, model.blocks[0], model.blocks[1])] == [True, True, True, False]
-    # Again, by hand: the second core's inputs are what the calibrated first one lets through.
-    seen = []
-    model.eval()
-    hook = model.blocks[1].core.register_forward_pre_hook(lambda m, args: seen.append(args))
-    model(images())
-    hook.remove()
-    again = Hamming(3, 8, form="taylor", codes="sign", binariser=binariser)
-    again.calibrate_(seen[0][0], seen[0][1], scale=8**-0.5)
-    torch.testing.assert_close(again.state_dict(), model.blocks[1].core.state_dict())
-    # The state dict holds all of it.
-    fresh = Model(binariser=binariser).eval()
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(images(1)), model(images(1)))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_calibration_refuses_what_it_cannot_use():
-    with pytest.raises(InputError, match="Linear has no Hamming core to calibrate"):
-        calibrate_codes_(nn.Linear(2, 2), torch.zeros(1, 2))
-    model = Model()
-    masked = nn.Module()
-    masked.model = model
-    masked.forward = lambda x: model(x, torch.ones(4, 1, 1, 20, dtype=torch.bool))
-    with pytest.raises(UnsupportedError, match="without padding"):
-        calibrate_codes_(masked, images())
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("form", FORMS)

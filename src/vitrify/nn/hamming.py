@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -174,14 +174,12 @@ def calibrate_codes_(model: nn.Module, images: Tensor) -> dict[str, float]:
         raise InputError(f"{type(model).__name__} has no Hamming core to calibrate: convert it first")
     fits: dict[str, float] = {}
 
-    def calibrate(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+    def calibrate(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(core, Hamming)
         mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
         if mask is not None:
             raise UnsupportedError("calibration takes whole images: give it a batch without padding")
-        scale = kwargs["scale"]
-        assert isinstance(scale, float)
-        fits[names[core]] = core.calibrate_(args[0], args[1], scale=scale).mean().item()
+        fits[names[core]] = core.calibrate_(args[0], args[1], scale=kwargs["scale"]).mean().item()
 
     names = {core: name for name, core in cores.items()}
     modes = {module: module.training for module in model.modules()}
