@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vitrify import recipes
-from vitrify.convert import AttentionSpec, Recipe
+from vitrify.convert import AttentionSpec, LinearSpec, Recipe
 from vitrify.errors import InputError
 
 MINE = Recipe(
@@ -90,7 +90,7 @@ def test_unreadable_files_are_named(tmp_path, content):
 
 
 def test_named_recipes():
-    assert recipes.names() == ["softmax", "sparse", "taylor", "vitality"]
+    assert recipes.names() == ["shiftaddvit", "softmax", "sparse", "taylor", "vitality", "vitrify"]
     assert [recipes.get(name).name for name in recipes.names()] == recipes.names()
     assert recipes.vitality().attention == AttentionSpec("taylor_sparse", threshold=0.5, bits=4)
     with pytest.raises(InputError, match="did you mean 'vitality'"):
@@ -115,3 +115,38 @@ def test_names_that_look_like_numbers_stay_names(tmp_path):
 def test_equal_recipes_have_one_hash():
     first, second = (Recipe("mine", "taylor", {"blocks.0.*": "softmax"}) for _ in range(2))
     assert len({first, second, Recipe("mine", "taylor")}) == 2
+
+
+def test_linear_specs_have_a_short_form_and_names_in_their_errors(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        "projections: shift\nmlp: {primitive: mixture, bits: 5}\n"
+        "modules: {'blocks.0.*': {primitive: integer, bits: 8}, 'blocks.0.attn': softmax, head: shift}\n"
+    )
+    recipe = recipes.get(path)
+    assert recipe.projections == LinearSpec("shift")
+    assert recipe.linear_spec_for("blocks.1.mlp", recipe.mlp) == LinearSpec("mixture", bits=5)
+    assert recipe.linear_spec_for("blocks.0.mlp.fc1", recipe.mlp) == LinearSpec("integer", bits=8)
+    assert recipe.spec_for("blocks.0.attn") == AttentionSpec()
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"projections": "shfit"}, ["projections.primitive", "did you mean 'shift'"]),
+        ({"mlp": {"primitive": "shift", "bits": 7}}, ["mlp.bits", "3, 4, 5 or 6", "7"]),
+        ({"mlp": {"primitive": "integer", "bits": 5}}, ["mlp.bits", "4 or 8", "5"]),
+        ({"mlp": {"primitive": "mixture", "balance": -1}}, ["mlp.balance", "-1"]),
+        ({"mlp": {"primitve": "shift"}}, ["'primitve'", "did you mean 'primitive'"]),
+        ({"modules": {"head": {"primitive": "shift", "variant": "p"}}}, ["modules['head'].variant", "ps"]),
+        ({"min_tokens": -1}, ["min_tokens", "-1"]),
+        ({"attention": {"order": "quadratic"}}, ["attention.order", "'hamming'", "'softmax'"]),
+        ({"attention": {"core": "hamming", "binariser": "learnt"}}, ["attention.binariser", "did you mean 'learned'"]),
+    ],
+)
+def test_errors_name_the_primitive(data, words):
+    with pytest.raises(InputError) as error:
+        Recipe.from_dict(data)
+    for word in words:
+        assert word in str(error.value)

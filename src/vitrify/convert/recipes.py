@@ -22,7 +22,7 @@ def shiftaddvit() -> Recipe:
     """ShiftAddViT's: attention on binary codes, which only adds; shifting projections; MLPs as a mixture of both.
 
     PVT's spatial reduction goes, and attention over 49 tokens (its last stage) stays softmax, as the authors have it.
-    Shift weights have 5 bits, DeepShift's default. docs/papers.md 6, 7, 8.
+    Shift weights have 5 bits, DeepShift's default. docs/papers.md 5 to 9.
     """
     return Recipe(
         "shiftaddvit",
@@ -34,7 +34,10 @@ def shiftaddvit() -> Recipe:
 
 
 def vitrify() -> Recipe:
-    """Both papers at once: Taylor attention with its convolution, shifting projections, and MLPs as a mixture."""
+    """Both papers at once: Taylor attention with a convolution, shifting projections, and MLPs as a mixture.
+
+    docs/papers.md 2, 4, 7, 8, 9.
+    """
     return Recipe(
         "vitrify",
         AttentionSpec("taylor", value_conv=3, reduction="remove"),

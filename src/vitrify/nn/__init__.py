@@ -1,4 +1,4 @@
-"""The primitives as modules: attention cores without parameters, the convolution on the values, and a whole attention.
+"""The primitives as modules: attention cores, codes, shift layers, mixtures, the convolution on V, a whole attention.
 
 >>> import torch
 >>> from vitrify import nn

@@ -1,4 +1,4 @@
-"""Attention cores: what happens between the q, k, v projections and the output projection. They own no parameters.
+"""Attention cores: what happens between the q, k, v projections and the output projection. These own no parameters.
 
 Every core is called as
 

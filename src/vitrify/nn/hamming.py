@@ -40,7 +40,7 @@ class Hamming(Core):
     binariser         "learned" threshold per head and channel, "token_mean", or "ksh" (16 bits, 25 anchors)
     share             one binariser for queries and keys; their projections stay separate
     bias              "drop" leaves out a bias on the logits (LeViT); otherwise a call with a bias raises
-    docs/papers.md, ShiftAddViT's attention.
+    docs/papers.md 5, 6.
     """
 
     def __init__(

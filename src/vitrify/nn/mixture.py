@@ -137,7 +137,7 @@ class Mixture(nn.Module):
 
 
 class MixtureLinear(Mixture, nn.Linear):
-    """A linear layer as a mixture of primitives, with a router of its own. ShiftAddViT; docs/papers.md."""
+    """A linear layer as a mixture of primitives, with a router of its own. ShiftAddViT; docs/papers.md 8."""
 
     source = nn.Linear
 

@@ -1,4 +1,4 @@
-"""Shift layers: linear layers and convolutions whose weights are a sign and a power of two (docs/papers.md).
+"""Shift layers: linear layers and convolutions whose weights are a sign and a power of two (docs/papers.md 7).
 
 >>> import torch
 >>> from vitrify.nn import ShiftLinear

@@ -14,7 +14,7 @@ from vitrify.train.checkpoint import check_keys
 _NO_DECAY = frozenset(
     {
         *("pos_embed", "position_embedding", "position_embeddings", "cls_token", "dist_token", "distillation_token"),
-        *("reg_token", "mask_token", "attention_biases", "value_conv", "threshold", "router", "scale", "temperature"),
+        *("reg_token", "mask_token", "attention_biases", "value_conv", "threshold", "router", "gain", "scale"),
     }
 )
 
