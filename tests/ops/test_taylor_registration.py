@@ -207,3 +207,21 @@ def test_autocast_backward_reaches_float32_leaves():
         out = taylor_attention(*inputs)
     grads = torch.autograd.grad(out.float().square().sum(), inputs)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+def test_plain_inference_calls_the_kernel_as_it_is_and_training_the_op():
+    query, key, value = torch.randn(3, 1, 2, 9, 4)
+
+    def called_op(run):
+        with torch.profiler.profile() as profile:
+            run()
+        return "vitrify::taylor_attention" in {event.name for event in profile.events()}
+
+    with torch.no_grad():
+        direct = taylor_attention(query, key, value)
+        assert not called_op(lambda: taylor_attention(query, key, value))
+    learned = query.clone().requires_grad_()
+    assert called_op(lambda: taylor_attention(learned, key, value))
+    assert torch.equal(taylor_attention(learned, key, value), direct)
+    batched = torch.func.vmap(taylor_attention)(*torch.randn(3, 2, 1, 2, 9, 4))
+    assert batched.shape == (2, 1, 2, 9, 4)
