@@ -174,6 +174,16 @@ class Grid:
         return str(path.relative_to(ROOT))
 
 
+def vitrify(words: list[str], log: Path, threads: int = 1) -> bool:
+    """Run one vitrify command from the repository's root and return whether it succeeded; its output goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        print(f"$ {shlex.join(['vitrify', *words])}", file=file, flush=True)
+        command = [sys.executable, "-m", "vitrify", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
+    return done.returncode == 0
+
+
 def measured(run: Path) -> dict[str, Any]:
     """Return what a finished run logged: accuracy, and for the modules that have them, densities and token shares."""
     lines = read_metrics(run / "metrics.jsonl")

@@ -16,13 +16,16 @@ import dataclasses
 import json
 import shlex
 import shutil
+import sys
 from importlib import resources
 from pathlib import Path
 
-from run import HERE, ROOT, vitrify
-
 from vitrify.bench.machine import describe
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grid import ROOT, vitrify
+
+HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "elpv"
 EPOCHS = {"original": 24, "recovered": 8}
 
@@ -49,7 +52,7 @@ def main() -> None:
     for name, words in commands.items():
         text = [str(word) for word in words]
         print(f"vitrify {shlex.join(text)}", flush=True)
-        if not vitrify(text, RUNS / "log.txt"):
+        if not vitrify(text, RUNS / "log.txt", threads=2):
             raise SystemExit(f"{name} failed: see {RUNS / 'log.txt'}")
     results = {
         "machine": dataclasses.asdict(describe()),

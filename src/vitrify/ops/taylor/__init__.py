@@ -66,8 +66,9 @@ def taylor_attention(
     The result's memory is laid out as (B, Nq, H, Dv): `out.transpose(1, 2).flatten(2)` copies nothing.
     `scale` is 1/sqrt(D) by default. Under autocast the inputs are cast as SDPA's are.
     `backend`: None picks the kernel that `selected_backend` names, inside the registered op (closed-form backward)
-    except while a graph is exported, and in plain eager inference on the CPU, which calls the kernel as it is. "cpu" is the blocked kernel for CPU tensors, also in the op; "aten" plain PyTorch
-    calls, differentiated by autograd; "reference" Algorithm 1 step by step in the inputs' dtype.
+    except while a graph is exported, and in plain eager inference on the CPU, which calls the kernel as it is. "cpu" is
+    the blocked kernel for CPU tensors, also in the op; "aten" plain PyTorch calls, differentiated by autograd;
+    "reference" Algorithm 1 step by step in the inputs' dtype.
 
     Raises InputError (shapes, dtypes, scale, backend) and UnsupportedError (any mask but key padding).
     ViTALiTy, Algorithm 1; docs/papers.md 1, 2.
