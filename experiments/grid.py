@@ -151,19 +151,7 @@ class Grid:
         return [converted, ["eval", output, "--data", common[common.index("--data") + 1], "--json", result]]
 
     def _vitrify(self, words: list[str], name: str, threads: int = 1) -> bool:
-        """Run one vitrify command from the repository's root; its output goes to the row's log."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        with (self.runs / f"{name}.log").open("a") as file:
-            print(f"$ {shlex.join(['vitrify', *words])}", file=file, flush=True)
-            done = subprocess.run(
-                [sys.executable, "-m", "vitrify", *words],
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=file,
-                check=False,
-            )
-        return done.returncode == 0
+        return vitrify(words, self.runs / f"{name}.log", threads)
 
     def _file(self, name: str) -> str:
         """Return a recipe's or plan's name, or the path of its file from the repository's root."""
