@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitrify.convert import AttentionSpec, Recipe, convert_
+from vitrify.convert import AttentionSpec, Recipe, convert_, pack_
 from vitrify.convert.copies import randomise
 from vitrify.errors import UnsupportedError
 from vitrify.ops import taylor_attention
@@ -308,3 +308,23 @@ def test_a_classifier_states_its_costs():
     # Per head: softmax 2 * 65^2 * 8, Taylor 2 * 65 * 8^2.
     assert "65 queries, 65 keys: 67,600 -> 8,320 multiplications" in conversion.changed[0].detail
     assert conversion.input_size == (3, 32, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_layers_shift_and_mlps_become_one_mixture(family):
+    model = build(family)
+    keys = set(model.state_dict())
+    recipe = Recipe("all", "taylor", projections="shift", mlp="mixture", keep_if_costlier=False)
+    conversion = convert_(model, recipe)
+    changed = [change.name for change in conversion.changed]
+    blocks = [name for name in changed if name.endswith(".mlp")]
+    assert len(blocks) == 2 + (family == "SiglipVision")  # SigLIP's pooling head has an MLP too
+    assert sum(name.endswith(("q_proj", "k_proj", "v_proj")) for name in changed) == 6
+    assert keys <= set(model.state_dict())
+    model.train()
+    model(images()).last_hidden_state.square().mean().backward()
+    assert all(model.get_submodule(name).router.weight.grad.abs().sum() > 0 for name in blocks if "head" not in name)
+    with torch.no_grad():
+        before = model.eval()(images()).last_hidden_state
+        assert pack_(model) == 2 * (4 + 2) + 2 * (family == "SiglipVision")
+        assert torch.equal(model(images()).last_hidden_state, before)
