@@ -1,15 +1,18 @@
-"""The measurements as figures: accuracy, latency over tokens, training, and the logits of the paper's Fig. 3."""
+"""The measurements as figures: accuracy, latency over tokens, training, the logits of Fig. 3, and exponents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgba
 from matplotlib.figure import Figure
 
 from vitrify.report.capture import LogitHistogram
 from vitrify.report.figures import GREY, INK, RIGHT, SOFTMAX, TAYLOR, new_figure, style
+from vitrify.report.primitives import ExponentCounts
 
 LOGITS, CENTRED = "logits q·k / √d", "with centred keys, q·(k - mean k) / √d"
 
@@ -140,4 +143,41 @@ def logit_distributions(histograms: Sequence[LogitHistogram]) -> Figure:
             axes.spines["left"].set_visible(False)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def exponents(layers: Mapping[str, ExponentCounts]) -> Figure:
+    """Draw a heat map, one row per shift layer: the share of its weights at each exponent P, and apart those at 0.
+
+    layers: at least one with a weight that is not 0, by the name to write in front of the row.
+    """
+    low = min(layer.lowest for layer in layers.values())
+    high = max(layer.lowest + len(layer.counts) for layer in layers.values())
+    shares = torch.zeros(len(layers), high - low, dtype=torch.float64)
+    for row, layer in zip(shares, layers.values(), strict=True):
+        row[layer.lowest - low :][: len(layer.counts)] = layer.shares
+    zeros = torch.tensor([[layer.zero_share] for layer in layers.values()])
+    # From nothing to colour, so that empty cells are the page's own ground, light or dark.
+    colours = LinearSegmentedColormap.from_list("share", [to_rgba(SOFTMAX, 0), to_rgba(SOFTMAX, 1)])
+    # The root shows the rare exponents too: a channel's range is wide, and few of its weights are at the far end.
+    norm = PowerNorm(0.5, 0, max(shares.max().item(), zeros.max().item()))
+    with style():
+        figure = new_figure(8.6, 0.24 * len(layers) + 1.1)
+        apart, main = figure.subplots(1, 2, width_ratios=[1.8, high - low], sharey=True)
+        apart.imshow(zeros.numpy(), colours, norm=norm, interpolation="nearest", aspect="auto")
+        for row, share in enumerate(zeros.flatten().tolist()):
+            apart.text(0, row, f"{share:.2%}", ha="center", va="center", fontsize=8)
+        apart.set_xticks([0], ["0"])
+        apart.set_yticks(range(len(layers)), list(layers), fontsize=8.5)
+        drawn = main.imshow(shares.numpy(), colours, norm=norm, interpolation="nearest", aspect="auto")
+        ticks = range(low % 2, high - low, 2)
+        main.set_xticks(list(ticks), [str(low + tick) for tick in ticks])
+        main.set_xlabel("exponent P of a weight ± 2^P")
+        for axes in (apart, main):
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color=GREY, linewidth=0.6)
+        bar = figure.colorbar(drawn, ax=(apart, main), fraction=0.03, pad=0.015, format=lambda value, _: f"{value:.0%}")
+        bar.set_label("share of the layer's weights", color=INK)
+        bar.outline.set_edgecolor(GREY)
     return figure
