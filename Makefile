@@ -11,7 +11,7 @@ help:
 	@echo "make test         set up, then the quick tests (under 5 minutes after set-up on 2 cores)"
 	@echo "make test-all     the slow tests too"
 	@echo "make lint         ruff and mypy --strict"
-	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (48 minutes on 2 busy cores)"
+	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (over an hour on 2 cores)"
 	@echo "make bench        the benchmarks, written to benchmarks/results/"
 	@echo "make experiments  the tables of experiments/ (hours on 2 cores; resumable)"
 
@@ -51,6 +51,10 @@ experiments: $(STAMP)
 	$(BIN)/python experiments/vitality/logits.py
 	$(BIN)/python -m pip install --quiet elpv-dataset
 	$(BIN)/python experiments/vitality/elpv.py
+	$(BIN)/python experiments/shiftaddvit/run.py
+	$(BIN)/python experiments/shiftaddvit/run.py --rows softmax shiftaddvit vitrify vitrify_squares_distill --seeds 1 2
+	$(BIN)/python experiments/shiftaddvit/run.py --table rows_pvt.yaml
+	$(BIN)/python experiments/shiftaddvit/rounding.py
 
 clean:
 	rm -rf $(VENV) build dist demo-output
