@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitrify import nn, ops, recipes
-    from vitrify.artefact import create_model, load, save
+    from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
 
@@ -32,6 +32,7 @@ _PUBLIC = {
     "VitrifyError": "vitrify.errors",
     "convert_": "vitrify.convert",
     "create_model": "vitrify.artefact",
+    "export_onnx": "vitrify.artefact",
     "load": "vitrify.artefact",
     "nn": "vitrify.nn",
     "ops": "vitrify.ops",
@@ -50,6 +51,7 @@ __all__ = [
     "VitrifyError",
     "convert_",
     "create_model",
+    "export_onnx",
     "load",
     "nn",
     "ops",

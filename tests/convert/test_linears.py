@@ -71,7 +71,9 @@ def test_an_mlp_is_one_mixture_and_pvts_layers_are_each_one():
 
 def test_patterns_reach_any_linear_layer_and_convolution():
     model = vit()
-    convert_(model, Recipe("mine", mlp="shift", modules={"head": "shift", "patch_embed.proj": "shift", "*.fc2": "multiply"}))
+    convert_(
+        model, Recipe("mine", mlp="shift", modules={"head": "shift", "patch_embed.proj": "shift", "*.fc2": "multiply"})
+    )
     assert kinds(model) == {
         "patch_embed.proj": "ShiftConv2d",
         "blocks.0.mlp.fc1": "ShiftLinear",

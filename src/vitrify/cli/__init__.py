@@ -1,4 +1,4 @@
-"""The command line: `vitrify convert | finetune | eval | pack | bench | demo | recipes`, one module per command.
+"""The command line: `vitrify convert | finetune | eval | pack | export | bench | demo | recipes`, one module per command.
 
 Commands import torch and timm inside their functions, so that `vitrify --help` answers at once. Exit codes: 0 done,
 1 failed, 2 bad input, 130 interrupted.
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from vitrify import __version__
-from vitrify.cli import bench, convert, demo, finetune, pack, recipes
+from vitrify.cli import bench, convert, demo, export, finetune, pack, recipes
 from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
@@ -55,6 +55,7 @@ app.command("convert", epilog=convert.EPILOG)(convert.convert)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.command("eval", epilog=eval_.EPILOG)(eval_.evaluate)
 app.command("pack", epilog=pack.EPILOG)(pack.pack)
+app.command("export", epilog=export.EPILOG)(export.export)
 app.add_typer(bench.app)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)

@@ -12,8 +12,9 @@ from vitrify.errors import optional
 
 EPILOG = (
     "[bold]Example[/bold]\n\nvitrify demo --output demo-output\n\n"
-    "Writes report.html (opens offline), figures/*.png, results.json and run/model, an artefact that "
-    "`vitrify eval demo-output/run/model --data fashion-mnist:shipped --against original` reads."
+    "Writes report.html (opens offline), figures/*.png, results.json and two artefacts: run/model, which "
+    "`vitrify eval demo-output/run/model --data fashion-mnist:shipped --against original` reads, and "
+    "run-vitrify/model, whose layers also shift and mix."
 )
 
 
@@ -21,11 +22,15 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report; made if needed.")] = Path(
         "demo-output"
     ),
-    seconds: Annotated[float, typer.Option(min=1.0, help="How long to fine-tune.")] = 120.0,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="How long to fine-tune; a second copy gets half of it again.")
+    ] = 120.0,
     data: options.DataOption = "fashion-mnist:shipped",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fine-tuning.")] = 0,
 ) -> None:
     """Convert a small pre-trained ViT to linear attention, fine-tune it, and show what it costs and gains.
+
+    A second copy also shifts in its projections and mixes multiplying and shifting MLPs.
 
     A small demonstration on real images (Fashion-MNIST), on the CPU; it needs no network and no GPU.
     """
