@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitrify import load
-from vitrify.cli import main
+from vitrify.cli import finetune, main, options
 from vitrify.nn import Hamming, Mixture
 
 torch.set_num_threads(1)
@@ -24,8 +24,6 @@ def on_the_cpu(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_test_images(monkeypatch):
-    from vitrify.cli import finetune, options
-
     monkeypatch.setattr(
         finetune, "_open_evaluation", lambda data, model, *_, **__: options.open_data(data, "test", model, limit=8)
     )

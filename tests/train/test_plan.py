@@ -8,7 +8,7 @@ from tiny_training import Blobs, assert_same_bits, quick, tiny_vit, train, weigh
 from vitrify import Recipe, recipes
 from vitrify.errors import InputError
 from vitrify.nn import Hamming, Mixture, ShiftLinear
-from vitrify.train import Plan, finetune, get_plan, make_task, run_plan
+from vitrify.train import Plan, finetune, get_plan, make_task, plan, run_plan
 from vitrify.train.plan import Stage, in_two_stages
 
 FEW = Recipe("few", attention={"core": "hamming", "form": "taylor"}, projections="shift", mlp="mixture")
@@ -22,9 +22,9 @@ def plan_file(folder, text):
 
 def test_a_file(tmp_path):
     text = "stages:\n- {recipe: taylor, epochs: 3}\n- recipe: {attention: taylor, mlp: shift}\n  lr: 1e-5\n"
-    plan = get_plan(plan_file(tmp_path, text))
-    assert [stage.recipe for stage in plan.stages] == [recipes.taylor(), Recipe(attention="taylor", mlp="shift")]
-    first, second = (stage.config(quick(warmup_epochs=2.5, epochs=9)) for stage in plan.stages)
+    read = get_plan(plan_file(tmp_path, text))
+    assert [stage.recipe for stage in read.stages] == [recipes.taylor(), Recipe(attention="taylor", mlp="shift")]
+    first, second = (stage.config(quick(warmup_epochs=2.5, epochs=9)) for stage in read.stages)
     assert (first.epochs, first.lr, first.warmup_epochs) == (3, 1e-3, 2.5)
     assert (second.epochs, second.lr) == (9, 1e-5)
 
@@ -60,10 +60,6 @@ def test_names():
     assert attention.recipe.mlp.primitive == "multiply"
 
 
-class Stop(Exception):
-    pass
-
-
 def test_two_stages_stopped_in_the_second_end_as_if_never_stopped(tmp_path, monkeypatch):
     def run(folder):
         model = tiny_vit()
@@ -76,15 +72,13 @@ def test_two_stages_stopped_in_the_second_end_as_if_never_stopped(tmp_path, monk
     assert any(isinstance(m, Mixture) for m in model.modules())
     assert (tmp_path / "whole" / "stages" / "1" / "model").is_dir()
 
-    from vitrify.train import plan
-
     def stop(model, *arguments, **options):
         if model._vitrify.recipe == FEW:
-            raise Stop
+            raise KeyboardInterrupt
         return finetune(model, *arguments, **options)
 
     monkeypatch.setattr(plan, "finetune", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
     monkeypatch.setattr(plan, "finetune", finetune)
     _, resumed = run(tmp_path / "stopped")

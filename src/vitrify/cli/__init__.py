@@ -1,4 +1,4 @@
-"""The command line: `vitrify convert | finetune | eval | pack | export | bench | demo | recipes`, one module per command.
+"""The command line, `vitrify convert | finetune | eval | pack | export | bench | demo | recipes`: a module each.
 
 Commands import torch and timm inside their functions, so that `vitrify --help` answers at once. Exit codes: 0 done,
 1 failed, 2 bad input, 130 interrupted.
