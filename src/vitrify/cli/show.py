@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 _LOG_WIDTH = 160
 _NUMBER = re.compile(r"\d+")
+_ERROR = "; weight error "
 
 
 def print_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
-    """Print one row per module; equal neighbours that differ in one block number share a row: blocks.0-11.attn."""
+    """Print one row per module; those that differ in numbers and errors alone share one: blocks.0-11.attn."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -24,12 +25,10 @@ def print_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
     for header in ("", "module", "class", "what it is now, or why it stays"):
         table.add_column(header, overflow="fold")
     for status, colour in (("changed", "green"), ("kept", "yellow"), ("refused", "red")):
-        changes: list[Change] = getattr(conversion, status)
-        for (_, module_class, detail), group in groupby(
-            changes, lambda c: (_pattern(c.name), c.module_class, c.detail)
-        ):
+        for (_, module_class, detail), group in _groups(getattr(conversion, status)).items():
             names = _span([change.name for change in group])
-            table.add_row(f"[{colour}]{status}[/]", escape(names), escape(module_class), escape(detail))
+            shown = detail + _errors(group)
+            table.add_row(f"[{colour}]{status}[/]", escape(names), escape(module_class), escape(shown))
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -38,27 +37,36 @@ def print_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
         console.print(f"note: {note}", markup=False)
 
 
+def _groups(changes: list[Change]) -> dict[tuple[str, str, str], list[Change]]:
+    """Return the changes by what they share, in the order of the first of each: name but for numbers, class, detail."""
+    groups: dict[tuple[str, str, str], list[Change]] = {}
+    for change in changes:
+        key = _pattern(change.name), change.module_class, change.detail.partition(_ERROR)[0]
+        groups.setdefault(key, []).append(change)
+    return groups
+
+
+def _errors(group: list[Change]) -> str:
+    """Return the range of the weight errors at the end of the details, or nothing."""
+    values = sorted({error.removesuffix(" %") for c in group if (error := c.detail.partition(_ERROR)[2])}, key=float)
+    return f"{_ERROR}{' to '.join(dict.fromkeys((values[0], values[-1])))} %" if values else ""
+
+
 def _pattern(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
 def _span(names: list[str]) -> str:
-    """Write names that count up in one number as a range, others one by one.
+    """Write names that count through every combination of some ranges of numbers as one, others one by one.
 
     >>> _span(["blocks.0.attn", "blocks.1.attn"])
     'blocks.0-1.attn'
     >>> _span(["stages.0.1.attn", "stages.1.0.attn"])
     'stages.0.1.attn, stages.1.0.attn'
     """
-    numbers = [_NUMBER.findall(name) for name in names]
-    varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
-    counted = [int(row[varying[0]]) for row in numbers] if len(varying) == 1 else []
-    if not counted or counted != list(range(counted[0], counted[0] + len(counted))):
+    columns = [sorted({int(n) for n in column}) for column in zip(*map(_NUMBER.findall, names), strict=True)]
+    consecutive = all(column[-1] - column[0] == len(column) - 1 for column in columns)
+    if not consecutive or math.prod(map(len, columns)) != len(names):
         return ", ".join(names)
-    start, end = (_positions(name)[varying[0]] for name in (names[0], names[-1]))
-    first, last = names[0], names[-1]
-    return f"{first[: start.end()]}-{last[end.start() : end.end()]}{first[start.end() :]}"
-
-
-def _positions(name: str) -> list[re.Match[str]]:
-    return list(_NUMBER.finditer(name))
+    ranges = iter(["-".join(dict.fromkeys((str(c[0]), str(c[-1])))) for c in columns])
+    return _NUMBER.sub(lambda _: next(ranges), names[0])
