@@ -4,11 +4,17 @@ import sys
 import matplotlib.image
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vitrify import artefact
 from vitrify.cli import main
+from vitrify.convert import convert_
 from vitrify.errors import InputError
+from vitrify.nn import Mixture, ShiftLinear
 from vitrify.report.demo import run as run_demo
+from vitrify.report.demo import shiftadd
+from vitrify.report.demo.pictures import pixels
+from vitrify.report.primitives import dispatch_maps
 
 demo_module = sys.modules["vitrify.report.demo.run"]
 
@@ -40,7 +46,7 @@ def test_the_demo_writes_a_page_figures_numbers_and_an_artefact(tmp_path, monkey
     results = run_demo(tmp_path / "out", seconds=5, data="fashion-mnist:shipped", seed=0, say=said.append)
 
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<figure>") == 7
+    assert page.count("<figure>") == 10
     assert "small demonstration" in page
     assert "1,000 images (the subset shipped with vitrify)" in page
     assert results.machine.cpu in page
@@ -55,6 +61,9 @@ def test_the_demo_writes_a_page_figures_numbers_and_an_artefact(tmp_path, monkey
             "attention-heads",
             "attention-blocks",
             "logits",
+            "dispatch",
+            "exponents",
+            "codes",
         )
     }
     assert matplotlib.image.imread(tmp_path / "out" / "figures" / "accuracy.png").std() > 0
@@ -65,5 +74,32 @@ def test_the_demo_writes_a_page_figures_numbers_and_an_artefact(tmp_path, monkey
 
     reloaded = artefact.load(tmp_path / "out" / "run" / "model")
     assert torch.isfinite(reloaded(torch.randn(1, 1, 28, 28))).all()
+    mixed = artefact.load(tmp_path / "out" / "run-vitrify" / "model").eval()
+    mixtures = {name for name, module in mixed.named_modules() if isinstance(module, Mixture)}
+    assert set(numbers["shift_add"]["layers"]) == mixtures
+    weights = {name: layer.weight.numel() for name, layer in mixed.named_modules() if isinstance(layer, ShiftLinear)}
+    counted = numbers["shift_add"]["exponents"]
+    assert {name: sum(layer["counts"]) + layer["zeros"] for name, layer in counted.items()} == weights
+    images = demo_module._plain("fashion-mnist:shipped", "test", mixed)
+    again = dispatch_maps(mixed, torch.stack([images[i][0] for i in range(4)]))
+    assert all(torch.equal(again[name], shown) for name, shown in results.shift_add.dispatch.items())
     steps = [line for line in said if line.startswith("[bold]")]
-    assert [f"[{number}/6]" in line for number, line in enumerate(steps, start=1)] == [True] * 6
+    assert [f"[{number}/7]" in line for number, line in enumerate(steps, start=1)] == [True] * 7
+
+
+def test_shares_on_and_off_the_object_add_up():
+    model = artefact.create_model("vit_mini_patch2_28", pretrained=True).eval()
+    convert_(model, shiftadd.RECIPE)
+    images = demo_module._plain("fashion-mnist:shipped", "test", model)
+    batch = torch.stack([images[i][0] for i in range(4)])
+    layers = shiftadd.mixture_layers(model, [batch[:3], batch[3:]], batch[:1])
+    shown = F.max_pool2d(pixels(batch, model), 2)[:, 0] > 0.001
+    assert 0.2 < shown.float().mean() < 0.8
+    for name, maps in dispatch_maps(model, batch).items():
+        layer = layers[name]
+        assert layer.share == pytest.approx(maps.float().mean().item())
+        assert layer.on_object == pytest.approx(((maps & shown).sum() / shown.sum()).item())
+        assert layer.on_ground == pytest.approx(((maps & ~shown).sum() / (~shown).sum()).item())
+        assert min(layer.multiply_ms, layer.shift_ms) > 0
+        assert model.get_submodule(name).alpha == (6.0, 4.0)  # measured on a copy
+        assert layer.target == pytest.approx(0.4)

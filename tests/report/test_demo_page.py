@@ -10,8 +10,10 @@ from vitrify.report import render
 from vitrify.report.capture import LogitHistogram
 from vitrify.report.demo import Results, summary
 from vitrify.report.demo.page import draw, report, write_pngs
+from vitrify.report.demo.results import MixtureLayer, ShiftAdd
 from vitrify.report.gallery import Example
 from vitrify.report.measure import Accuracy, Point
+from vitrify.report.primitives import ExponentCounts
 
 
 def point(tokens, softmax, taylor):
@@ -20,6 +22,25 @@ def point(tokens, softmax, taylor):
     speed = Speedup(ratio, ratio, ratio, ratio, ratio)
     memory = {"softmax": 2.0, "unfused": 257.0, "taylor": 3.0}
     return Point(tokens, 28, slow, fast, speed, slow, fast, speed, memory)
+
+
+def shift_add():
+    slow, fast = Timing(33.3, 33, 33, 34, 9), Timing(9.9, 9, 9, 10, 9)
+    bits = torch.rand(1, 14, 14) > 0.5
+    return ShiftAdd(
+        recipe="another recipe",
+        accuracies={"zero-shot": Accuracy(52.9, 3.1), "fine-tuned": Accuracy(86.5, 2.1), "codes": Accuracy(59.1, 3.0)},
+        training_seconds=61.2,
+        latencies={"softmax": fast, "taylor": fast, "mixture": slow},
+        speedup=Speedup(0.3, 0.3, 0.3, 0.3, 0.3),
+        num_images=100,
+        layers={f"blocks.{i}.mlp": MixtureLayer(0.413 + i / 10, 0.4, 0.535, 0.296, 0.25, 0.75) for i in range(4)},
+        dispatch={"blocks.0.mlp": bits},
+        exponents={"blocks.0.attn.qkv": ExponentCounts(-5, torch.tensor([3, 4]), 1)},
+        code_fits={"blocks.0.attn.core": 0.61, "blocks.1.attn.core": 0.58},
+        query_bits={"query\nbit 1": bits},
+        key_bits={"key\nbit 2": bits},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +68,7 @@ def results():
         map_images=[image],
         head_maps={"softmax": torch.rand(1, 14, 14), "Taylor": torch.rand(1, 14, 14)},
         block_maps={"softmax": torch.rand(1, 14, 14), "Taylor": torch.rand(1, 14, 14)},
+        shift_add=shift_add(),
     )
 
 
@@ -58,16 +80,31 @@ def test_the_terminal_summary_fits_80_columns(results):
     for text in ("92.5 %", "55.2 %", "90.8 %", "6.1x fewer", "12,346", "52.65x", "0.80x", "slower", "training images"):
         assert text in shown
     assert "small demonstration" in shown
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert "Shift, add, mix (recipe vitrify): 52.9 % converted, 86.5 % tuned for 61 s." in lines
+    assert "Tokens multiplied, by MLP: 41, 51, 61, 71 % (wanted 40 %); 0.30x, slower." in lines
 
 
 def test_the_page_shows_every_figure_and_number(results, tmp_path):
     drawn = draw(results)
     page = render(report(results, drawn))
-    assert page.count("<figure>") == len(drawn) == 7
+    assert page.count("<figure>") == len(drawn) == 10
     for text in ("90.8 %", "6.1x fewer", "52.6x as fast", "4,096", "12,346", "0.80x at 196: slower", "a recipe"):
         assert text in page
     assert "small demonstration" in page
     assert results.machine.cpu in page
+    for text in (
+        "Shift, add and mix",
+        "52.9 ± 3.1 %",
+        "86.5 ± 2.1 %",
+        "0.30x, slower",
+        "41.3%",
+        "29.6%",
+        "another recipe",
+    ):
+        assert text in page
+    assert "58% to 61% of the squares" in page
+    assert "there is no kernel here that shifts" in page
     assert {path.stem for path in write_pngs(drawn, tmp_path)} == set(drawn)
 
 
@@ -76,3 +113,6 @@ def test_the_numbers_are_plain_json(results):
     assert numbers["accuracy_percent"]["tuned"] == {"percent": 90.75, "margin": 1.8}
     assert numbers["points"][1]["core_taylor"]["median_ms"] == 234.5
     assert numbers["logits_in_range"]["blocks.0.attn"]["tuned"] == [0.25, 0.5]
+    assert numbers["shift_add"]["layers"]["blocks.0.mlp"]["target"] == 0.4
+    assert numbers["shift_add"]["speedup"]["verdict"] == "slower"
+    assert numbers["shift_add"]["exponents"]["blocks.0.attn.qkv"] == {"lowest": -5, "counts": [3, 4], "zeros": 1}

@@ -8,6 +8,7 @@ from matplotlib.colors import to_hex
 
 from vitrify.report import figures, gallery, plots
 from vitrify.report.capture import LogitHistogram
+from vitrify.report.primitives import ExponentCounts
 
 
 def texts(figure):
@@ -88,6 +89,48 @@ def test_attention_maps_share_their_colours_and_zero_is_in_the_middle():
     low, high = limits.pop()
     assert low == -high
     assert high >= 2
+
+
+def test_tokens_that_multiply_are_coloured_with_their_share_above():
+    image = torch.zeros(1, 8, 12)
+    image[0, :, 6:] = 1.0
+    multiplies = torch.tensor([[True, False, True], [False, False, False]])
+    figure = gallery.dispatch_maps([image, image], {"mlp": torch.stack([multiplies, ~multiplies])})
+    first, second = figure.axes[1], figure.axes[3]
+    assert first.get_title() == "mlp\n33%"
+    assert second.get_title() == "67%"
+    drawn = first.images[0].get_array()
+    assert drawn.shape == (8, 12, 3)
+    assert to_hex(drawn[0, 0]) == figures.TAYLOR  # a black patch that multiplies
+    assert to_hex(drawn[7, 0]) == gallery.SHIFTED
+    red, _, blue = drawn[0, 11]
+    assert red - blue > 0.2  # a white one is still coloured, and a white one that shifts is not
+    assert drawn[7, 11].max() - drawn[7, 11].min() < 0.1
+
+
+def test_bits_of_queries_and_keys_are_told_apart():
+    bits = torch.tensor([[[True, False]]])
+    figure = gallery.code_maps([torch.rand(1, 4, 4)], {"query": bits}, {"key": bits})
+    for axes, colour in zip(figure.axes[1:], (figures.SOFTMAX, figures.TAYLOR), strict=True):
+        (image,) = axes.images
+        shown = image.to_rgba(image.get_array())
+        assert [to_hex(pixel) for pixel in shown[0]] == [colour, gallery.ZERO]
+
+
+def test_exponents_stand_in_their_columns_and_zeros_apart():
+    layers = {
+        "qkv": ExponentCounts(-3, torch.tensor([1, 2]), 1),
+        "fc1": ExponentCounts(-1, torch.tensor([4]), 0),
+        "fc2": ExponentCounts(0, torch.zeros(0, dtype=torch.int64), 4),
+    }
+    figure = plots.exponents(layers)
+    apart, main, _ = figure.axes
+    assert main.images[0].get_array().tolist() == [[0.25, 0.5, 0], [0, 0, 1], [0, 0, 0]]
+    assert [text.get_text() for text in main.get_xticklabels()] == ["-2"]
+    assert main.get_xticks().tolist() == [1]  # the columns are -3 to -1
+    assert apart.images[0].get_array().flatten().tolist() == [0.25, 0, 1]
+    assert [text.get_text() for text in apart.texts] == ["25.00%", "0.00%", "100.00%"]
+    assert apart.images[0].norm is main.images[0].norm
 
 
 def test_png_has_a_white_ground(tmp_path):

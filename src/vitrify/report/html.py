@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from vitrify.files import write_atomically
-from vitrify.report.figures import INK
+from vitrify.report import figures
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Picture:
     svg: str
     alt: str
     caption: str
+
+    @classmethod
+    def of(cls, figure: Figure, alt: str, caption: str) -> Picture:
+        """Return the picture of a matplotlib figure."""
+        return cls(figures.svg(figure), alt, caption)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def _inline_svg(svg: str, prefix: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace(INK, "currentColor")
+    return svg.replace(figures.INK, "currentColor")
 
 
 def _table(table: Table) -> str:

@@ -151,8 +151,9 @@ def exponents(layers: Mapping[str, ExponentCounts]) -> Figure:
 
     layers: at least one with a weight that is not 0, by the name to write in front of the row.
     """
-    low = min(layer.lowest for layer in layers.values())
-    high = max(layer.lowest + len(layer.counts) for layer in layers.values())
+    used = [layer for layer in layers.values() if len(layer.counts)]
+    low = min(layer.lowest for layer in used)
+    high = max(layer.lowest + len(layer.counts) for layer in used)
     shares = torch.zeros(len(layers), high - low, dtype=torch.float64)
     for row, layer in zip(shares, layers.values(), strict=True):
         row[layer.lowest - low :][: len(layer.counts)] = layer.shares

@@ -16,8 +16,8 @@ from vitrify.errors import InputError, UnsupportedError
 from vitrify.nn import Hamming, Mixture, ShiftConv2d, ShiftLinear
 from vitrify.ops.experts import route
 
-MOST_PREFIX_TOKENS = 16
-"""Class, distillation and register tokens: DINOv2 has the most, 5."""
+MOST_PREFIX_TOKENS = 8
+"""Class, distillation and register tokens, where a model does not say how many: DINOv2 has the most, 5."""
 
 
 @torch.no_grad()
@@ -157,10 +157,13 @@ def _outputs(model: nn.Module, images: Tensor, modules: Mapping[str, Iterable[nn
 
 
 def _on_grid(values: Tensor, axis: int, name: str, model: nn.Module, images: Tensor) -> Tensor:
-    """Drop the prefix tokens along `axis` and unfold the others into the patch grid, on the CPU."""
+    """Drop the prefix tokens along `axis` and unfold the others into the patch grid, on the CPU.
+
+    Prefix tokens are as many as the model says, or the fewest that leave a grid.
+    """
     tokens = values.shape[axis]
-    declared = getattr(model, "num_prefix_tokens", 0)  # PVTv1 has a class token in its last stage only: others follow
-    for prefix in dict.fromkeys((declared, *range(min(MOST_PREFIX_TOKENS, tokens)))):
+    declared = getattr(model, "num_prefix_tokens", 0)
+    for prefix in dict.fromkeys((declared, *range(min(MOST_PREFIX_TOKENS + 1, tokens)))):
         grid = _grid(tokens - prefix, images.shape[-2], images.shape[-1])
         if grid is not None:
             shape = (*values.shape[:axis], *grid, *values.shape[axis + 1 :])

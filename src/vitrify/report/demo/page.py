@@ -11,6 +11,7 @@ from vitrify.bench import Timing
 from vitrify.bench.table import milliseconds
 from vitrify.report import figures, gallery, plots
 from vitrify.report.demo.results import SMALL, Results
+from vitrify.report.demo.shiftadd_page import draw_shiftadd, shiftadd_section
 from vitrify.report.html import Fact, Picture, Report, Section, Table
 from vitrify.report.measure import Point
 from vitrify.report.plots import Comparison, Curve
@@ -42,6 +43,7 @@ def draw(results: Results) -> dict[str, Figure]:
         "attention-heads": gallery.attention_maps(results.map_images, results.head_maps),
         "attention-blocks": gallery.attention_maps(results.map_images, results.block_maps),
         "logits": plots.logit_distributions(results.histograms),
+        **draw_shiftadd(results),
     }
 
 
@@ -80,7 +82,7 @@ def report(results: Results, drawn: dict[str, Figure]) -> Report:
                 "linear in the tokens, softmax quadratic; projections and MLPs stay what they were. Softmax runs in "
                 "PyTorch's fused kernel (SDPA). Both were checked against float64 before they were timed, in turns.",
                 [
-                    _picture(
+                    Picture.of(
                         drawn["latency"],
                         "Latency of softmax and Taylor attention over the number of tokens, for one core and the model",
                         "Median latency, both axes logarithmic; the band is the 10th to 90th percentile, the number is "
@@ -106,12 +108,17 @@ def report(results: Results, drawn: dict[str, Figure]) -> Report:
             ),
             _attention(drawn),
             _logits(results, drawn),
+            shiftadd_section(results, drawn),
         ],
         colophon=[
             ("Model", results.model),
             ("Recipe", results.recipe),
+            ("Second copy", results.shift_add.recipe),
             *(("Data", source) for source in results.data),
-            ("Fine-tuning", f"{results.training_seconds:.0f} s"),
+            (
+                "Fine-tuning",
+                f"{results.training_seconds:.0f} s, and the second copy {results.shift_add.training_seconds:.0f} s",
+            ),
             ("Machine", str(results.machine)),
             ("Versions", ", ".join(f"{name} {version}" for name, version in results.machine.versions.items())),
         ],
@@ -126,17 +133,17 @@ def _accuracy(results: Results, drawn: dict[str, Figure]) -> Section:
         f"{zero_shot.percent:.1f} % of the test images are named right. Fine-tuning for "
         f"{results.training_seconds:.0f} s brings that to {after.percent:.1f} %; softmax has {before.percent:.1f} %.",
         [
-            _picture(
+            Picture.of(
                 drawn["accuracy"],
                 "Accuracy of the original, the converted and the fine-tuned model",
                 "Accuracy on the test images; the lines are 95 % intervals, from the number of images.",
             ),
-            _picture(
+            Picture.of(
                 drawn["training"],
                 "Training loss and accuracy over the optimiser steps",
                 "Fine-tuning: the loss on the training images, and the accuracy on the test images after each epoch.",
             ),
-            _picture(
+            Picture.of(
                 drawn["predictions"],
                 "Test images with the predictions of the three models",
                 "The true class above each image, and what each model said below it. Top row: the first images on "
@@ -153,13 +160,13 @@ def _attention(drawn: dict[str, Figure]) -> Section:
         "fine-tuned one. The linear form never computes these weights; they are written out here to be seen. Each row "
         "of them sums to 1, as in softmax, but single weights may be negative: a token can be subtracted.",
         [
-            _picture(
+            Picture.of(
                 drawn["attention-heads"],
                 "Attention maps of the centre patch in the last block, averaged and per head",
                 "What the patch in the centre attends to in the last block: mean over the heads, then head by head. 1 "
                 "is uniform attention; orange attends, purple subtracts.",
             ),
-            _picture(
+            Picture.of(
                 drawn["attention-blocks"],
                 "Attention that each patch receives in every block, averaged over heads and queries",
                 "What each patch receives, block by block: mean over the heads and over all tokens as queries.",
@@ -179,7 +186,7 @@ def _logits(results: Results, drawn: dict[str, Figure]) -> Section:
         "and is meant to move the logits into that range (the ViTALiTy paper's Fig. 3). Here is what it does in this "
         "model.",
         [
-            _picture(
+            Picture.of(
                 drawn["logits"],
                 "Distribution of the attention logits per block, with and without centred keys",
                 "Logits of the original softmax model, per block; the share in [-1, 1), shaded, before and after "
@@ -226,10 +233,6 @@ def _curve(timings: Sequence[Timing]) -> Curve:
 
 def _sizes(points: Sequence[Point]) -> str:
     return f"images of {points[0].image_size} to {points[-1].image_size} pixels a side"
-
-
-def _picture(figure: Figure, alt: str, caption: str) -> Picture:
-    return Picture(figures.svg(figure), alt, caption)
 
 
 def write_pngs(drawn: dict[str, Figure], folder: Path) -> list[Path]:

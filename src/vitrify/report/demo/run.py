@@ -27,10 +27,11 @@ from vitrify.errors import InputError, VitrifyError
 from vitrify.files import write_atomically
 from vitrify.report import html
 from vitrify.report.capture import logit_histograms
-from vitrify.report.demo import page
+from vitrify.report.demo import page, shiftadd
 from vitrify.report.demo.pictures import attention_maps, examples, pixels
-from vitrify.report.demo.results import Results
+from vitrify.report.demo.results import Results, ShiftAdd
 from vitrify.report.measure import Accuracy, Point, compare, predict
+from vitrify.report.primitives import dispatch_maps, exponent_counts
 from vitrify.train import Task, TrainConfig, finetune, make_task, read_metrics
 
 MODEL = "vit_mini_patch2_28"
@@ -49,17 +50,23 @@ IMAGE_SIZES = (28, 48, 64, 96, 128)
 """Pixels; with patches of 2 these make 196, 576, 1,024, 2,304 and 4,096 tokens."""
 SECONDS_PER_COMPARISON = 2.0
 NAMES = ("softmax, original", "Taylor, zero-shot", "Taylor, fine-tuned")
-STEPS = 6
+STEPS = 7
+MIXTURE_SECONDS = 0.5
+"""Of the seconds for fine-tuning, so much again goes to the copy with shift layers and mixtures."""
+CALIBRATION_IMAGES = 64
 
 Say = Callable[[str], None]
 
 
 def run(output: Path, *, seconds: float, data: str, seed: int, say: Say = print) -> Results:
-    """Run the demo and write report.html, figures/*.png, results.json and the run folder with the artefact.
+    """Run the demo and write report.html, figures/*.png, results.json and two run folders with the artefacts.
+
+    run/model is the one with Taylor attention, run-vitrify/model the one that also shifts and mixes.
 
     Args:
         output: the folder to write into; made if needed, and files of an earlier demo are replaced.
-        seconds: about how long to fine-tune; the number of steps follows from a short measurement.
+        seconds: about how long to fine-tune with Taylor attention; half as long again goes to the second copy. The
+            numbers of steps follow from a short measurement.
         data: what `load_dataset` takes, with the model's ten classes.
         seed: of the fine-tuning.
         say: called with a line of rich markup before each step.
@@ -82,25 +89,42 @@ def run(output: Path, *, seconds: float, data: str, seed: int, say: Say = print)
         student = create_model(MODEL, pretrained=True).eval()
         conversion = convert_(student, RECIPE)
         predictions[NAMES[1]], _ = predict(student, test)
-    say(f"      {len(conversion.changed)} of {len(conversion.changed) + len(conversion.kept)} attentions changed")
+        say(f"      {len(conversion.changed)} of {len(conversion.changed) + len(conversion.kept)} attentions changed")
+        mixed = create_model(MODEL, pretrained=True).eval()
+        conversion = convert_(mixed, shiftadd.RECIPE)
+        say(f"      in a copy {len(conversion.changed)} modules shift, mix or attend linearly (recipe vitrify)")
+        mixed_accuracies = {"zero-shot": Accuracy.of(*predict(mixed, test))}
 
-    config = TrainConfig(**TRAINING, seed=seed, epochs=1)
-    task = make_task(config, train_data, test)
-    config = _fit_budget(config, task, student, original, seconds, seconds_to_evaluate())
+    base = TrainConfig(**TRAINING, seed=seed, epochs=1)
+    task = make_task(base, train_data, test)
+    config = _fit_budget(base, task, student, original, seconds, seconds_to_evaluate())
     with _step(say, 3, f"fine-tuning: {config.max_steps} steps, about {seconds:.0f} s") as training_seconds:
         finetune(student, task, config, output / "run", teacher=original, resume="never")
     student.eval()
     predictions[NAMES[2]], _ = predict(student, test)
 
+    less = MIXTURE_SECONDS * seconds
+    config = _fit_budget(base, task, mixed, original, less, seconds_to_evaluate())
+    text = f"shift, add and mix: fine-tuning the copy, {config.max_steps} steps, about {less:.0f} s"
+    with _step(say, 4, text) as mixing_seconds:
+        finetune(mixed, task, config, output / "run-vitrify", teacher=original, resume="never")
+    mixed.eval()
+    mixed_accuracies["fine-tuned"] = Accuracy.of(*predict(mixed, test))
+
     example = test[0][0].unsqueeze(0)
-    with _step(say, 4, "looking inside: attention maps, logits, multiplications"):
+    with _step(say, 5, "looking inside: attention maps, logits, multiplications, tokens, exponents, codes"):
         batches = [images for images, _ in DataLoader(torch.utils.data.Subset(test, range(100)), 50)]
         maps = attention_maps(original, student, batches[0][:4])
         histograms = [logit_histograms(model, batches) for model in (original, student)]
         counts = {"softmax": original, "taylor": student}
         multiplications = {name: attention_multiplications(model, example) for name, model in counts.items()}
-    with _step(say, 5, f"timing softmax and Taylor, {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]} pixels"):
+        layers = shiftadd.mixture_layers(mixed, batches, example)
+        coded = create_model(MODEL, pretrained=True).eval()
+        calibration = next(iter(DataLoader(_plain(data, "train", original), CALIBRATION_IMAGES)))[0]
+        mixed_accuracies["codes"], fits, bits = shiftadd.codes(coded, test, batches[0][:4], calibration)
+    with _step(say, 6, f"timing softmax and Taylor, {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]} pixels"):
         points = [_measure(size, example, say) for size in IMAGE_SIZES]
+        timed = shiftadd.latencies(original, student, mixed, example, seconds=SECONDS_PER_COMPARISON)
 
     results = Results(
         model=f"{MODEL}, {sum(p.numel() for p in original.parameters()):,} parameters, pre-trained on Fashion-MNIST",
@@ -118,6 +142,20 @@ def run(output: Path, *, seconds: float, data: str, seed: int, say: Say = print)
         map_images=[pixels(image, original) for image in batches[0][:4]],
         head_maps=maps[0],
         block_maps=maps[1],
+        shift_add=ShiftAdd(
+            recipe=shiftadd.description(),
+            accuracies=mixed_accuracies,
+            training_seconds=mixing_seconds(),
+            latencies=timed[0],
+            speedup=timed[1],
+            num_images=sum(map(len, batches)),
+            layers=layers,
+            dispatch={name: chosen[:4] for name, chosen in dispatch_maps(mixed, batches[0]).items()},
+            exponents=exponent_counts(mixed),
+            code_fits=fits,
+            query_bits=shiftadd.shown_bits(bits.query, "query"),
+            key_bits=shiftadd.shown_bits(bits.key, "key"),
+        ),
     )
     with _step(say, STEPS, "drawing the report"):
         _write(results, output)
@@ -136,13 +174,19 @@ def _prepare_folder(output: Path) -> None:
 
 
 def _open(data: str, model: Any) -> tuple[Any, Any]:
-    setup = input_config(model)
-    test = load_dataset(data, "test", transform=build_transform(**setup, train=False))
-    train_data = load_dataset(data, "train", transform=build_transform(**setup, train=True, augment="light"))
+    test = _plain(data, "test", model)
+    train_data = load_dataset(
+        data, "train", transform=build_transform(**input_config(model), train=True, augment="light")
+    )
     names = list(model.pretrained_cfg["label_names"])
     if not test.labelled or test.classes != names:
         raise InputError(f"the demo's model knows the ten classes of Fashion-MNIST; {data!r} has {test.classes}")
     return test, train_data
+
+
+def _plain(data: str, split: str, model: Any) -> Any:
+    """Return the images of a split as they are, not augmented."""
+    return load_dataset(data, split, transform=build_transform(**input_config(model), train=False))
 
 
 @contextmanager

@@ -52,9 +52,23 @@ def _latencies(results: Results) -> Table:
     return table
 
 
+def _shift_and_mix(results: Results) -> list[str]:
+    mixed = results.shift_add
+    zero_shot, tuned = (mixed.accuracies[name].percent for name in ("zero-shot", "fine-tuned"))
+    shares = ", ".join(f"{100 * layer.share:.0f}" for layer in mixed.layers.values())
+    target = next(iter(mixed.layers.values())).target
+    return [
+        f"Shift, add, mix (recipe vitrify): {zero_shot:.1f} % converted, [bold]{tuned:.1f} %[/] tuned for "
+        f"{mixed.training_seconds:.0f} s.",
+        f"Tokens multiplied, by MLP: {shares} % (wanted {100 * target:.0f} %); {mixed.speedup.ratio:.2f}x, "
+        f"{mixed.speedup.verdict}.",
+    ]
+
+
 def _notes(results: Results) -> list[str]:
     margin = max(accuracy.margin for accuracy in results.accuracies.values())
     return [
+        *_shift_and_mix(results),
         SMALL,
         f"Accuracy is good to ±{margin:.1f} points (95 %). Fine-tuned for {results.training_seconds:.0f} s.",
         *(f"Data: {source}" for source in results.data),
