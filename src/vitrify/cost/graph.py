@@ -37,7 +37,8 @@ class Operation:
     kind         "matmul" (m x k by k x n, `count` of them), "conv" (as the matmul of its lowering: m = output pixels
                  times images, k = kernel times input channels of a group, n = output channels of a group,
                  count = groups) or "vector" (`elements` of one element-wise kind)
-    step         inside attention: "qk", "softmax", "av", or "1" to "6", the step of Algorithm 1 ("M", "apply" in affine)
+    step         inside attention: "qk", "softmax", "av"; or "1" to "6", the step of Algorithm 1 ("M", "apply" in the
+                 affine form); "codes" (binarisers), "predict" (sparse attention), "bias" (carried by Taylor attention)
     primitive    what a product is made of: multiply, shift or add
     bits         of the left operand, the right operand, and the partial sums
     vector       the element-wise kind; elements counts scalar operations
