@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vitrify import nn, ops, recipes
     from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
+    from vitrify.cost.energy import energy
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _PUBLIC = {
     "VitrifyError": "vitrify.errors",
     "convert_": "vitrify.convert",
     "create_model": "vitrify.artefact",
+    "energy": "vitrify.cost.energy",
     "export_onnx": "vitrify.artefact",
     "load": "vitrify.artefact",
     "nn": "vitrify.nn",
@@ -51,6 +53,7 @@ __all__ = [
     "VitrifyError",
     "convert_",
     "create_model",
+    "energy",
     "export_onnx",
     "load",
     "nn",
