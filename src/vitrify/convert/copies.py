@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-M = TypeVar("M", bound=nn.Module)
+from vitrify.nn.copying import empty_hooks
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+M = TypeVar("M", bound=nn.Module)
 
 
 def detached_copy(module: M) -> M:
     """Return a deep copy without hooks and without autograd history; meta parameters become (empty) CPU ones."""
-    memo = _without_hooks(module)
+    memo = empty_hooks(module)
     for tensor in _stray_tensors(module):
         memo[id(tensor)] = tensor.detach().clone()
     duplicate = copy.deepcopy(module, memo)
@@ -45,7 +32,7 @@ def detached_copy(module: M) -> M:
 
 def fake_copy(module: M, mode: FakeTensorMode) -> M:
     """Return a deep copy without hooks whose parameters and buffers are fake tensors: its shapes without its memory."""
-    memo = _without_hooks(module)
+    memo = empty_hooks(module)
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)
     for tensor in [*module.buffers(), *_stray_tensors(module)]:
@@ -66,16 +53,6 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
         if buffer.is_floating_point():
             # Positive: running variances are among them.
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-
-
-def _without_hooks(module: nn.Module) -> dict[int, Any]:
-    """Return a deepcopy memo that replaces every hook table by an empty one."""
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for name in _HOOKS:
-            if name in child.__dict__:
-                memo[id(child.__dict__[name])] = OrderedDict()
-    return memo
 
 
 def _stray_tensors(module: nn.Module) -> list[Tensor]:

@@ -27,9 +27,14 @@ _HOOKS = (
 
 def copy_without_hooks(module: M) -> M:
     """Return a deep copy whose hook tables are empty: a hook would fire twice, and what it is bound to be copied."""
+    return copy.deepcopy(module, empty_hooks(module))
+
+
+def empty_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a deepcopy memo that replaces every hook table in `module` by an empty one."""
     memo: dict[int, Any] = {}
     for child in module.modules():
         for name in _HOOKS:
             if name in child.__dict__:
                 memo[id(child.__dict__[name])] = OrderedDict()
-    return copy.deepcopy(module, memo)
+    return memo
