@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrify.errors import InputError, unknown
-from vitrify.ops.tracing import fx_leaf
+from vitrify.ops.tracing import exporting, fx_leaf
 
 Codes = Literal["binary", "sign"]
 
@@ -33,14 +33,10 @@ def binarise(x: Tensor, threshold: Tensor, codes: Codes) -> Tensor:
     shifted = x - threshold
     bits = (shifted > 0).to(shifted.dtype)
     hard = bits if codes == "binary" else 2 * bits - 1
-    if torch.is_grad_enabled() and shifted.requires_grad and not _exporting():
+    if torch.is_grad_enabled() and shifted.requires_grad and not exporting():
         soft = shifted.clamp(-1, 1) * (0.5 if codes == "binary" else 1.0)
         hard = hard + (soft - soft.detach())
     return hard.to(x.dtype)
-
-
-def _exporting() -> bool:
-    return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
 class Binariser(nn.Module):

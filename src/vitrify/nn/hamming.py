@@ -14,11 +14,11 @@ from vitrify.nn.binarise import Binariser, Codes, LearnedThreshold, TokenMean
 from vitrify.nn.cores import Core, Dropout
 from vitrify.nn.kernel_hash import KSH
 from vitrify.ops import hamming_attention
+from vitrify.ops.autocast import without_autocast
 from vitrify.ops.hamming import Order
 from vitrify.ops.hamming.validation import check_mask
 from vitrify.ops.taylor.aten import accumulate_dtype
 from vitrify.ops.taylor.reference import select
-from vitrify.ops.taylor.registration import without_autocast
 from vitrify.ops.tracing import fx_leaf
 
 BinariserName = Literal["learned", "token_mean", "ksh"]

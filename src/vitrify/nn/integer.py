@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrify.errors import InputError, UnsupportedError
-from vitrify.ops.taylor.registration import without_autocast
+from vitrify.ops.autocast import without_autocast
 
 BITS = (4, 8)
 ACTIVATION_BITS = 8

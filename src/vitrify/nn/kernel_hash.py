@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vitrify.errors import InputError, VitrifyError
 from vitrify.nn.binarise import Binariser, Codes, binarise
+from vitrify.ops.autocast import without_autocast
 from vitrify.ops.taylor.aten import accumulate_dtype
-from vitrify.ops.taylor.registration import without_autocast
 from vitrify.ops.tracing import fx_leaf
 
 PAIRS = 10  # most and least similar keys of each query: the labels

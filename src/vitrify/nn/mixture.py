@@ -16,7 +16,8 @@ from vitrify.errors import InputError, UnsupportedError, unknown
 from vitrify.nn.copying import copy_without_hooks
 from vitrify.nn.integer import IntLinear
 from vitrify.nn.shift import ShiftLinear
-from vitrify.ops.experts import LOADS, Expert, balance_losses, check_alpha, dispatch, exporting, route
+from vitrify.ops.experts import LOADS, Expert, balance_losses, check_alpha, dispatch, route
+from vitrify.ops.tracing import exporting
 
 MULTIPLY = "multiply"
 

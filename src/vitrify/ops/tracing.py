@@ -1,4 +1,4 @@
-"""Makes a public op a leaf for torch.fx: the traced graph holds one call of the op, whoever calls it."""
+"""What the ops do while a graph is recorded: they are leaves for torch.fx, and plain ATen calls in an export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.fx import Proxy
 
 P = ParamSpec("P")
@@ -27,3 +29,13 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return cast("Callable[P, R]", leaf)
+
+
+def exporting(x: Tensor | Proxy | None = None) -> bool:
+    """Say whether a graph to keep is recorded (export, ONNX, jit.trace), or `x` is torch.fx's: for plain ATen calls."""
+    return (
+        isinstance(x, Proxy)
+        or torch.compiler.is_exporting()
+        or torch._C._is_tracing()
+        or torch.onnx.is_in_onnx_export()
+    )

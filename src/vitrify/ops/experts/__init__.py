@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Proxy
 
 from vitrify.errors import InputError
 from vitrify.ops.experts.balance import LOADS, balance_losses, check_alpha
 from vitrify.ops.experts.reference import Expert, dense
-from vitrify.ops.tracing import fx_leaf
+from vitrify.ops.tracing import exporting, fx_leaf
 
-__all__ = ["LOADS", "Expert", "balance_losses", "check_alpha", "dense", "dispatch", "exporting", "route"]
+__all__ = ["LOADS", "Expert", "balance_losses", "check_alpha", "dense", "dispatch", "route"]
 
 
 @fx_leaf
@@ -56,16 +55,6 @@ def dispatch(x: Tensor, index: Tensor, experts: Sequence[Expert]) -> Tensor:
     places = torch.arange(len(order), device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, places)
     return out.index_select(0, inverse).reshape(*index.shape, out.shape[-1])
-
-
-def exporting(x: Tensor | Proxy) -> bool:
-    """Say whether `x` is recorded into a graph to keep (export, ONNX, jit.trace, torch.fx)."""
-    return (
-        isinstance(x, Proxy)
-        or torch.compiler.is_exporting()
-        or torch._C._is_tracing()
-        or torch.onnx.is_in_onnx_export()
-    )
 
 
 def _symbolic(x: Tensor) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitrify.ops.autocast import under_autocast, without_autocast
 from vitrify.ops.hamming import aten, validation
 from vitrify.ops.hamming.validation import Order
-from vitrify.ops.taylor.registration import under_autocast, without_autocast
 from vitrify.ops.tracing import fx_leaf
 
 

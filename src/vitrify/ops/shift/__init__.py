@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vitrify.errors import InputError
+from vitrify.ops.autocast import under_autocast
 from vitrify.ops.shift import packing, reference, validation
 from vitrify.ops.shift.registration import linear, shift_linear_op
 from vitrify.ops.shift.ste import StraightThrough
-from vitrify.ops.taylor.registration import under_autocast
-from vitrify.ops.tracing import fx_leaf
+from vitrify.ops.tracing import exporting, fx_leaf
 
 
 def shift_quantize(
@@ -110,7 +110,7 @@ def shift_linear(
         bias = None if bias is None else bias.to(dtype)
     validation.check_format(bits, variant)
     validation.check_linear(input, codes, exponent, bias, bits, variant)
-    if reference.exporting():
+    if exporting():
         return linear(input, codes, exponent, bias, bits, variant)
     return shift_linear_op(input, codes, exponent, bias, bits, variant)
 

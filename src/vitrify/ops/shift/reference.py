@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from vitrify.ops.tracing import exporting
+
 VARIANTS = ("ps", "q")
 
 # log2|w| rounds up where the mantissa in [0.5, 1) exceeds sqrt(1/2). No float equals that irrational number, so there
@@ -18,11 +20,6 @@ VARIANTS = ("ps", "q")
 LOG_HALF_WAY = math.nextafter(math.sqrt(0.5), 0)
 # Rounding to the nearer of two powers, 2^k and 2^(k+1), turns at 1.5 2^k; a tie goes up.
 LINEAR_HALF_WAY = math.nextafter(0.75, 0)
-
-
-def exporting() -> bool:
-    """Say whether a graph for another runtime is being recorded, which must hold plain ATen calls only."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def top_level(bits: int) -> int:

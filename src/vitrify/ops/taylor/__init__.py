@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from vitrify.errors import InputError, unknown
+from vitrify.ops.autocast import under_autocast, without_autocast
 from vitrify.ops.taylor import aten, cpu, reference, sparse, squares, validation
-from vitrify.ops.taylor.registration import taylor_attention_op, under_autocast, without_autocast
-from vitrify.ops.tracing import fx_leaf
+from vitrify.ops.taylor.registration import taylor_attention_op
+from vitrify.ops.tracing import exporting, fx_leaf
 
 BACKENDS = ("aten", "cpu", "reference")
 
@@ -23,11 +24,7 @@ def selected_backend(device: torch.device | str = "cpu") -> str:
 
     "cpu", the blocked kernel, on the CPU; "aten" on every other device, and on all while a graph is exported or traced.
     """
-    return "cpu" if torch.device(device).type == "cpu" and not _exporting() else "aten"
-
-
-def _exporting() -> bool:
-    return torch.compiler.is_exporting() or torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
+    return "cpu" if torch.device(device).type == "cpu" and not exporting() else "aten"
 
 
 def _only_computing(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -43,7 +40,7 @@ def _only_computing(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and not under_autocast(query)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not _exporting()
+        and not exporting()
     )
 
 
@@ -78,7 +75,7 @@ def taylor_attention(
         raise InputError(f"backend 'cpu' takes tensors on the CPU, not on {query.device}: leave it out, or 'aten'")
     if backend is None and _only_computing(query, key, value):
         return cpu.forward(query, key, value, keep, scale)[0]
-    if backend == "cpu" or (backend is None and not _exporting()):
+    if backend == "cpu" or (backend is None and not exporting()):
         return taylor_attention_op(query, key, value, keep, scale)
     with without_autocast(query):
         if backend in (None, "aten"):

@@ -7,13 +7,13 @@ The backward is an op of its own, without a derivative: asking for second deriva
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitrify.errors import UnsupportedError
+from vitrify.ops.autocast import without_autocast
 from vitrify.ops.taylor import aten, cpu
 from vitrify.ops.taylor.reference import AffineState
 
@@ -118,15 +118,3 @@ def taylor_attention_op(query: Tensor, key: Tensor, value: Tensor, keep: Tensor 
 
 def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def under_autocast(tensor: Tensor) -> bool:
-    """Say whether autocast is on for the device of `tensor`; the meta device has none, and PyTorch raises if asked."""
-    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which autocast leaves float32 sums alone; costs nothing where autocast is off."""
-    if under_autocast(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return contextlib.nullcontext()
