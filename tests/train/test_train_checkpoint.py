@@ -78,7 +78,7 @@ def test_damage_is_an_error_that_names_the_checkpoint(tmp_path, damage):
 def test_foreign_keys_and_shapes_are_listed():
     expected = {"a": torch.zeros(2), "b": torch.zeros(3)}
     checkpoints.check_keys("model", expected, dict(expected))
-    with pytest.raises(InputError, match=r"missing: b; unexpected: c; a has shape \(4,\), expected \(2,\)"):
+    with pytest.raises(InputError, match=r"1 missing key: b; 1 unexpected key: c; 1 wrong shape: a has shape \(4,\)"):
         checkpoints.check_keys("model", expected, {"a": torch.zeros(4), "c": torch.zeros(1)})
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitrify.artefact.checkpoints import mismatch
 from vitrify.errors import InputError, VitrifyError
 from vitrify.files import flush
 
@@ -92,16 +93,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def check_keys(kind: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise InputError unless `found` has exactly the keys and shapes of `expected`."""
-    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    problems = [f"missing: {_listed(missing)}"] * bool(missing) + [f"unexpected: {_listed(foreign)}"] * bool(foreign)
-    problems += [_listed(shapes)] * bool(shapes)
-    if problems:
-        raise InputError(f"the checkpoint's {kind} does not fit this model: {'; '.join(problems)}")
+    if problem := mismatch(expected, found):
+        raise InputError(f"the checkpoint's {kind} does not fit this model: {problem}")
 
 
 def found(folder: Path) -> list[Path]:
@@ -121,7 +114,3 @@ def clear(folder: Path) -> None:
 def _remove_drafts(folder: Path) -> None:
     for leftover in folder.glob(f".tmp-{_STEP}"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
