@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from vitrify.bench.models import build, check_cores, cost
-from vitrify.bench.observe import named_cores
 from vitrify.bench.registry import prepare
 from vitrify.convert import AttentionSpec, Recipe, convert_, recipes
 from vitrify.errors import InputError
+from vitrify.nn.attention import named_cores
 from vitrify.nn.cores import Taylor
 
 # timm's smallest ViT: 6 blocks, width 64, 2 heads of 32, patches of 16.
@@ -64,3 +64,13 @@ def test_bad_models_are_refused():
         prepare("models", {**CASE, "model": "deit_tiny_patch16_24"})
     with pytest.raises(InputError, match="changes nothing in 'resnet18'"):
         prepare("models", {**CASE, "model": "resnet18"})
+    with pytest.raises(InputError, match="image_size 170 is not a multiple of the model's patch side 16"):
+        prepare("models", {**CASE, "image_size": 170})
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_mini_patch2_28", 28), ("pvt_mini_56", 56)])
+def test_vitrifys_own_models_have_one_channel(name, size):
+    prepared = prepare("models", {**CASE, "model": name, "image_size": size})
+    images = prepared.inputs(0)
+    assert images.shape == (1, 1, size, size)
+    assert all(contender.check(images).passed for contender in prepared.contenders)

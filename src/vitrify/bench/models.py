@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrify.bench.observe import core_multiplications, named_cores, observe_cores
+from vitrify.bench.observe import core_multiplications, observe_cores
 from vitrify.bench.reference import check_attention
 from vitrify.bench.registry import Case, Check, Contender, Prepared
 from vitrify.bench.roofline import Cost
 from vitrify.convert import convert_, recipes
 from vitrify.errors import InputError, unknown
+
+# Importing from vitrify.models registers vitrify's own models with timm.
+from vitrify.models.image_size import check_image_size
 from vitrify.nn import cores
+from vitrify.nn.attention import named_cores
 
 LAYER_OPS = (".mm", ".addmm", ".convolution")
 COMPILED_TOLERANCE = 1e-3
@@ -32,21 +36,22 @@ def prepare(case: Case) -> Prepared:
     """Prepare a case: `model` (timm name), `image_size`, `batch_size`, `recipe` (name or path), `compile`, `device`.
 
     Raises:
-        InputError: timm has no such model, or the recipe changes nothing in it.
+        InputError: there is no such model, it cannot take such images, or the recipe changes nothing in it.
     """
     device = torch.device(case["device"])
     torch.manual_seed(0)
-    original = build(case["model"], int(case["image_size"])).to(device).eval().requires_grad_(False)
-    converted, identity = copy.deepcopy(original), copy.deepcopy(original)
     size = int(case["image_size"])
-    conversion = convert_(converted, recipes.get(case["recipe"]), input_size=(3, size, size))
+    original = build(case["model"], size).to(device).eval().requires_grad_(False)
+    shape = (_channels(original), size, size)
+    converted, identity = copy.deepcopy(original), copy.deepcopy(original)
+    conversion = convert_(converted, recipes.get(case["recipe"]), input_size=shape)
     if not conversion.changed:
         raise InputError(f"recipe {case['recipe']!r} changes nothing in {case['model']!r}:\n{conversion}")
-    convert_(identity, recipes.softmax(), input_size=(3, size, size))
+    convert_(identity, recipes.softmax(), input_size=shape)
 
     def inputs(seed: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.randn(int(case["batch_size"]), 3, size, size, generator=generator, device=device)
+        return torch.randn(int(case["batch_size"]), *shape, generator=generator, device=device)
 
     example = inputs(0)
     variants: list[tuple[str, nn.Module, Callable[[Tensor], Check]]] = [
@@ -71,14 +76,20 @@ def prepare(case: Case) -> Prepared:
 
 
 def build(name: str, image_size: int) -> nn.Module:
-    """Build a timm model with random weights at `image_size` pixels; a model without an `img_size` takes any size."""
+    """Build a registered model with random weights at `image_size` pixels; one without an `img_size` takes any size."""
     if not timm.is_model(name):
-        raise unknown("timm model", name, timm.list_models())
+        raise unknown("model", name, timm.list_models())
     try:
         model: nn.Module = timm.create_model(name, img_size=image_size)
     except TypeError:  # PVT and LeViT have no such argument
         model = timm.create_model(name)
+    check_image_size(model, image_size, "image_size")
     return model
+
+
+def _channels(model: nn.Module) -> int:
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return int(cfg["input_size"][0])
 
 
 def cost(model: nn.Module, images: Tensor) -> Cost:

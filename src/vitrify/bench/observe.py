@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vitrify.nn import CoreAttention, ValueConv
+from vitrify.nn.attention import named_cores
 from vitrify.nn.cores import Core
 
+__all__ = ["attention_multiplications", "core_multiplications", "named_cores", "observe_cores"]
+
 Observer = Callable[[Core, tuple[Any, ...], dict[str, Any]], None]
-
-
-def named_cores(model: nn.Module) -> dict[str, Core]:
-    """Return the attention cores of a converted model by their names, in the order of the model's modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Core)}
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class CoreAttention(nn.Module):
         return convolved
 
 
+def named_cores(model: nn.Module) -> dict[str, Core]:
+    """Return the attention cores of a converted model by their names, in the order of the model's modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Core)}
+
+
 class Attention(CoreAttention):
     """Multi-head self-attention around any core, for models of your own; `convert_` handles existing ones.
 

@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrify.errors import InputError, UnsupportedError
-from vitrify.nn.cores import Core
-
-
-def converted_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention modules of `model` that `convert_` has given a core, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, "core", None), Core)}
+from vitrify.nn.attention import named_cores
 
 
 def converted_blocks(model: nn.Module) -> list[str]:
@@ -25,8 +20,8 @@ def converted_blocks(model: nn.Module) -> list[str]:
     """
     modules = dict(model.named_modules())
     blocks: dict[str, None] = {}
-    for name in converted_attention(model):
-        parts = name.split(".")
+    for core in named_cores(model):
+        parts = core.rpartition(".")[0].split(".")
         lengths = range(len(parts), 0, -1)
         items = (n for n in lengths if isinstance(modules[".".join(parts[: n - 1])], (nn.ModuleList, nn.Sequential)))
         blocks[".".join(parts[: next(items, max(1, len(parts) - 1))])] = None
