@@ -115,6 +115,7 @@ def test_partial_conversion_comes_back_as_it_was(tmp_path):
     assert loaded._vitrify.recipe == recipes.vitality()
 
 
+@pytest.mark.filterwarnings("ignore:load will not keep these drop-out rates")
 def test_the_reasons_come_back(tmp_path):
     """What was kept for its cost, filtered out or refused is still so after loading, and not 'left out by a filter'."""
     model = create_model("vit_mini_patch2_28")
@@ -125,6 +126,26 @@ def test_the_reasons_come_back(tmp_path):
     assert all((conversion.changed, conversion.kept, conversion.refused))
     save(model, tmp_path / "a")
     assert load(tmp_path / "a")._vitrify == conversion
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ({"attn_drop_rate": 0.5}, r"'blocks\.0\.attn\.attn_drop' 0\.5 \(then 0\)"),
+        ({"drop_path_rate": 0.1}, r"'blocks\.1\.drop_path1' 0\.\d+ \(then 0\), .* and \d more"),
+        ({"patch_drop_rate": 0.25}, r"'patch_drop' 0\.25 \(then 0\)"),
+    ],
+)
+def test_drop_out_rates_that_load_cannot_know_are_said(tmp_path, rates, said):
+    """timm does not keep them where they could be read back; create_model does."""
+    model = timm.create_model("vit_mini_patch2_28", **rates)
+    with pytest.warns(UserWarning, match=f"will not keep these drop-out rates.*{said}") as warned:
+        save(model, tmp_path / "a")
+    assert warned[0].filename == __file__
+    assert load(tmp_path / "a").blocks[0].attn.attn_drop.p == 0
+    kept = create_model("vit_mini_patch2_28", **rates)
+    loaded = assert_round_trip(kept, tmp_path / "b", torch.randn(1, 1, 28, 28))
+    assert loaded.blocks[0].attn.attn_drop.p == rates.get("attn_drop_rate", 0)
 
 
 def test_a_model_given_back_its_softmax_for_the_cost_comes_back(tmp_path):

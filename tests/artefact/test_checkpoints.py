@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitrify import InputError, create_model
-from vitrify.artefact import load_weights, read_checkpoint
+from vitrify.artefact import load_weights, read_checkpoint, rebuild_original
 
 torch.set_num_threads(1)
 
@@ -137,6 +137,70 @@ def test_another_number_of_classes_is_a_new_head_and_said(num_classes):
         load_weights(target, source.state_dict(), "source")
     assert torch.equal(target.norm.weight, source.norm.weight)
     assert torch.equal(target.state_dict().get("head.weight", torch.zeros(0)), own)
+
+
+def test_no_classifier_is_a_new_head_and_said():
+    source, target = tiny(num_classes=0), tiny(num_classes=5)
+    own = target.head.weight.clone()
+    with pytest.warns(UserWarning, match="no classifier 'head': the model's own is new"):
+        assert load_weights(target, source.state_dict(), "source")
+    assert torch.equal(target.norm.weight, source.norm.weight)
+    assert torch.equal(target.head.weight, own)
+
+
+def test_a_head_that_the_model_does_not_want_is_no_new_one():
+    target = tiny(num_classes=0)
+    with pytest.warns(UserWarning, match="left out"):
+        assert not load_weights(target, tiny().state_dict(), "source")
+
+
+def classifying(family, folder):
+    """The folder of a Hugging Face config for 4 classes, and the encoder that its model stands on."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"image_size": 8, "patch_size": 4}
+    if family == "Siglip":
+        config = transformers.SiglipConfig(vision_config={**sizes, **images}, num_labels=4)
+        encoder = transformers.SiglipVisionModel(config.vision_config)
+    else:
+        config = getattr(transformers, f"{family}Config")(**sizes, **images, num_labels=4)
+        encoder = getattr(transformers, f"{family}Model")(config)
+    config.architectures = [f"{family}ForImageClassification"]
+    config.save_pretrained(folder)
+    return f"hf:{folder}", encoder
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2", "Siglip"])
+def test_a_hugging_face_encoders_weights_make_a_model_with_a_new_head(family, tmp_path):
+    name, encoder = classifying(family, tmp_path)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    with pytest.warns(UserWarning, match="no classifier 'classifier': the model's own is new"):
+        model = create_model(name, checkpoint=tmp_path / "encoder.safetensors")
+    loaded = dict(model.named_children())[next(n for n, _ in model.named_children())].state_dict()
+    assert loaded
+    assert all(torch.equal(tensor, encoder.state_dict()[key]) for key, tensor in loaded.items())
+    with pytest.raises(InputError, match="a new, random classifier, which is on record nowhere"):
+        rebuild_original(model._vitrify_builder)
+
+
+def test_a_hugging_face_classifier_of_other_classes_is_a_new_head(tmp_path):
+    name, _ = classifying("ViT", tmp_path)
+    source = create_model(name)
+    save_file(source.state_dict(), tmp_path / "c.safetensors")
+    assert not create_model(name, checkpoint=tmp_path / "c.safetensors")._vitrify_builder["origin"]["new_head"]
+    with pytest.warns(UserWarning, match=r"'classifier' \(4 classes\) was left out"):
+        model = create_model(name, checkpoint=tmp_path / "c.safetensors", num_classes=3)
+    assert model.classifier.out_features == 3
+    assert torch.equal(model.vit.layernorm.weight, source.vit.layernorm.weight)
+    assert model._vitrify_builder["origin"]["new_head"]
+
+
+def test_a_hugging_face_folder_whose_weights_lack_the_head(tmp_path):
+    name, encoder = classifying("ViT", tmp_path)
+    save_file(encoder.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert create_model(name, pretrained=True)._vitrify_builder["origin"]["new_head"]
+    create_model(name).save_pretrained(tmp_path)
+    assert not create_model(name, pretrained=True)._vitrify_builder["origin"]["new_head"]
 
 
 def test_foreign_weights_list_both_sides():

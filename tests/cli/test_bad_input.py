@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 import pytest
 import torch
@@ -115,10 +116,32 @@ def test_a_size_that_cuts_patches(output, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("given", [["--num-classes", "-1"], ["--in-chans", "0"]])
-def test_sizes_below_what_there_is(given, output, capsys):
-    assert main(["convert", MINI, *given, "-o", str(output)]) == 2
-    assert given[0] in capsys.readouterr().err
+FINETUNE = ["finetune", MINI, "--data", "fashion-mnist:shipped", "-o", "run"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "low"),
+    [
+        (["convert", MINI, "-o", "artefact"], "--in-chans", "0", 1),
+        (FINETUNE, "--num-classes", "-1", 0),
+        (["eval", MINI, "--data", "fashion-mnist"], "--limit", "-3", 1),
+        (["eval", MINI, "--data", "fashion-mnist"], "--batch-size", "0", 1),
+        (["bench", "attention"], "--heads", "0", 1),
+        (["bench", "models"], "--seconds", "-0.5", 0),
+        (["demo"], "--seconds", "0.5", 1),
+    ],
+)
+def test_numbers_below_what_there_is(command, option, value, low, capsys):
+    assert main([*command, option, value]) == 2
+    # The message stands in a frame, whose lines it fills.
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"Invalid value for '{option}': must be at least {low}, not {value}" in message
+
+
+def test_without_transformers(output, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = fails(["convert", f"hf:{tmp_path}", "-o", output], capsys)
+    assert "a Hugging Face model needs transformers: pip install 'vitrify[hf]'" in message
 
 
 def test_on_error_is_checked_for_data_without_files_too(capsys):

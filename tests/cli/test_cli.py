@@ -204,6 +204,18 @@ def test_eval_of_unlabelled_images_against_a_checkpoint(artefact, tmp_path, caps
     assert "kNN" in printed
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint has no classifier")
+def test_a_checkpoint_without_answers_is_nothing_to_compare_with(artefact, tmp_path, capsys):
+    """Its head would be a random one. For features alone it will do."""
+    encoder = vitrify.create_model("vit_mini_patch2_28", pretrained=True, num_classes=0)
+    torch.save(encoder.state_dict(), tmp_path / "e.pth")
+    given = ["eval", str(artefact), "--data", SHIPPED, "--limit", "4", "--against", str(tmp_path / "e.pth")]
+    assert main(given) == 2
+    assert "e.pth has no classifier of this model's classes" in capsys.readouterr().err
+    _, teacher = finetune.load_pair(str(artefact), str(tmp_path / "e.pth"), {}, needs_head=False)
+    assert torch.equal(teacher.pos_embed, encoder.pos_embed)
+
+
 # --- finetune ---
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from vitrify.artefact import hf_models, timm_models
 from vitrify.artefact.checkpoints import load_weights, read_checkpoint
+from vitrify.artefact.hf_models import is_transformers
 from vitrify.convert.specs import AttentionSpec, Spec
 from vitrify.errors import InputError, unknown
 
@@ -40,7 +41,7 @@ def create_model(
         model = hf_models.build(name.removeprefix(_HF_PREFIX), arguments, pretrained=pretrained)
     else:
         model = timm_models.build(name, arguments, pretrained=pretrained)
-    new_head = pretrained and not is_transformers(model) and timm_models.has_new_head(model)
+    new_head = pretrained and (hf_models if is_transformers(model) else timm_models).has_new_head(model)
     if checkpoint is not None:
         checkpoint = Path(checkpoint).resolve()
         new_head = load_weights(model, read_checkpoint(checkpoint), checkpoint)
@@ -51,11 +52,6 @@ def create_model(
         "origin": {**origin, "checkpoint": None if checkpoint is None else str(checkpoint)},
     }
     return model
-
-
-def is_transformers(model: nn.Module) -> bool:
-    """Say whether a model is one of transformers' (without importing transformers to find out)."""
-    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
 
 
 def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
@@ -98,9 +94,10 @@ def rebuild_original(record: Mapping[str, Any]) -> nn.Module:
 
         return load(path)
     if origin.get("new_head"):
+        classes = origin["arguments"].get("num_classes")
         raise InputError(
-            f"the original had a new, random classifier of {origin['arguments'].get('num_classes')} classes, which "
-            f"is on record nowhere: {instead}"
+            f"the original had a new, random classifier{f' of {classes} classes' if classes else ''}, which is on "
+            f"record nowhere: {instead}"
         )
     if not origin.get("pretrained") and not origin.get("checkpoint"):
         raise InputError(

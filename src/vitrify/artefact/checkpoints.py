@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vitrify.artefact.hf_models import is_transformers, parts
 from vitrify.errors import InputError
 
 # Where training scripts put the weights, best first: the averaged weights are the ones that were evaluated.
@@ -121,25 +122,31 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     """Load `tensors` into `model`, strictly, after what the model's own library does to published checkpoints.
 
     Where names or shapes differ, timm's filter for the model's family is tried (it renames the keys of the original
-    releases and resamples position embeddings to another image size). A classifier of another width is left out, with
-    a warning, since that is what fine-tuning to new classes means. `source` is named in errors.
+    releases and resamples position embeddings to another image size); a Hugging Face encoder's weights fit the models
+    with a head on it. A classifier of another width, or none, is left out with a warning, since that is what
+    fine-tuning to new classes means. `source` is named in errors.
 
-    Returns whether a classifier was left out: the model's own is then as it was.
+    Returns whether the model's own classifier, a new one, stayed.
 
     Raises InputError that lists the missing and unexpected keys.
     """
     tensors = dict(tensors)
     expected = model.state_dict()
-    left_out = False
+    new_head = False
+    remarks: list[str] = []
     if mismatch(expected, tensors):
-        tensors, left_out = _without_classifier(model, _family_filter(model, tensors))
+        tensors, new_head, remarks = _without_classifier(model, _family_filter(model, tensors))
     if problem := mismatch(expected, tensors):
         raise InputError(f"{source} does not fit {type(model).__name__}: {problem}")
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=3)
     model.load_state_dict({**expected, **tensors}, strict=True)
-    return left_out
+    return new_head
 
 
 def _family_filter(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if is_transformers(model):
+        return _beside_head(model, tensors)
     family = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if family is None:
         return tensors
@@ -149,23 +156,34 @@ def _family_filter(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
         return tensors
 
 
-def _without_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Give the classifier's own initial weights where the checkpoint's has another number of classes; say if so."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+def _beside_head(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a transformers encoder to those in `model`, which has a head on it; others stay."""
+    encoder, _ = parts(model)
+    if not encoder or any(key.startswith(f"{encoder}.") for key in tensors):
+        return tensors
+    expected, pooler = model.state_dict(), f"{encoder}.pooler."
+    renamed = {f"{encoder}.{key}": tensor for key, tensor in tensors.items()}
+    # A head that reads the tokens itself stands on an encoder without a pooler.
+    return {key: tensor for key, tensor in renamed.items() if key in expected or not key.startswith(pooler)}
+
+
+def _without_classifier(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool, list[str]]:
+    """Keep the model's own classifier where the checkpoint has one of other classes, or none; say if so, and why."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or parts(model)[1]
     expected = model.state_dict()
-    result, left_out = dict(tensors), False
+    result, kept, remarks = dict(tensors), False, []
     for name in (names,) if isinstance(names, str) else names:
-        keys = [f"{name}.weight", f"{name}.bias"]
-        if not any(key in tensors and _shape(expected.get(key)) != tensors[key].shape for key in keys):
+        mine, theirs = ({k: t for k, t in state.items() if k.startswith(f"{name}.")} for state in (expected, tensors))
+        if theirs and all(_shape(mine.get(key)) == tensor.shape for key, tensor in theirs.items()):
             continue
-        classes = tensors[keys[0]].shape[0] if keys[0] in tensors else "other"
-        warnings.warn(f"the checkpoint's classifier {name!r} ({classes} classes) was left out", stacklevel=4)
-        left_out = True
-        for key in keys:
-            result.pop(key, None)
-            if key in expected:
-                result[key] = expected[key]
-    return result, left_out
+        if theirs:
+            classes = theirs[f"{name}.weight"].shape[0] if f"{name}.weight" in theirs else "other"
+            remarks.append(f"the checkpoint's classifier {name!r} ({classes} classes) was left out")
+        elif mine:
+            remarks.append(f"the checkpoint has no classifier {name!r}: the model's own is new")
+        result = {key: tensor for key, tensor in result.items() if key not in theirs} | mine
+        kept |= bool(mine)
+    return result, kept, remarks
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

@@ -34,7 +34,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     All persistent parameters and buffers are written, in their own dtypes. The folder appears whole or not at all: it
     is written beside its final place and renamed; an artefact already there is replaced, any other folder is refused
     unless empty. A model that vitrify cannot build again (see `create_model`) is written with a warning: `load` then
-    needs `model=`.
+    needs `model=`. Drop-out rates are those the model is built with by `create_model`'s arguments or its configuration:
+    where the model's own differ, that is a warning too, and what `load` returns would train differently.
 
     Raises InputError where `path` holds something else, or where `convert_` was called on a part of the model, so that
     the model's own record does not say what it is; VitrifyError where it cannot be written (disk full, read-only), in

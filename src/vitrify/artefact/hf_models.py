@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrify.artefact.compare import differences
-from vitrify.errors import InputError, VitrifyError, unknown
+from vitrify.artefact.compare import differences, warn_of_drop_rates
+from vitrify.errors import InputError, optional, unknown
 
-_INSTALL = "Hugging Face models need the extra `hf`: pip install 'vitrify[hf]'"
 # vitrify speaks timm everywhere; these are the same things in a Hugging Face config.
 _TIMM_NAMES = {"img_size": "image_size", "in_chans": "num_channels", "num_classes": "num_labels"}
 # transformers' own defaults, used where a folder has no preprocessor_config.json.
@@ -22,11 +21,27 @@ _HALF = (0.5, 0.5, 0.5)
 
 
 def _transformers() -> Any:
-    try:
+    with optional("transformers", "hf", "a Hugging Face model"):
         import transformers  # noqa: PLC0415  # an extra
-    except ImportError as error:
-        raise VitrifyError(_INSTALL) from error
     return transformers
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Say whether a model is one of transformers' (without importing transformers to find out)."""
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+
+
+def parts(model: nn.Module) -> tuple[str, list[str]]:
+    """Return the name of the encoder, itself a model of transformers, in a model with a head, and the head's names."""
+    names = [name for name, child in model.named_children() if is_transformers(child)]
+    if len(names) != 1 or not is_transformers(model):
+        return "", []
+    return names[0], [name for name, _ in model.named_children() if name not in names]
+
+
+def has_new_head(model: nn.Module) -> bool:
+    """Say whether this model, built with published weights, has random ones where these lacked some: a new head."""
+    return bool(getattr(model, "_vitrify_new_head", False))
 
 
 def _model_class(name: str) -> Any:
@@ -62,7 +77,10 @@ def build(source: str, arguments: Mapping[str, Any], *, pretrained: bool = False
     model_class = _model_class(config.architectures[0])
     try:
         if pretrained:
-            model = model_class.from_pretrained(source, config=config, trust_remote_code=False)
+            model, report = model_class.from_pretrained(
+                source, config=config, trust_remote_code=False, output_loading_info=True
+            )
+            model._vitrify_new_head = bool(report["missing_keys"])
         else:
             model = model_class._from_config(config)
     except (OSError, RuntimeError, ValueError) as error:
@@ -104,6 +122,7 @@ def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
         reference = rebuild(record)
     if problem := next(differences(model, reference, converted), None):
         raise InputError(f"building {type(model).__name__} from its config gives another model: {problem}")
+    warn_of_drop_rates(model, reference)
     return record
 
 

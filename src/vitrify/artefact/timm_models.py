@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrify.artefact.compare import differences
+from vitrify.artefact.compare import differences, warn_of_drop_rates
 from vitrify.errors import InputError, VitrifyError, unknown
 
 # What an artefact keeps of timm's pretrained_cfg: how to prepare an image and name a class, not where to download.
@@ -151,6 +151,7 @@ def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
         reference = _on_meta(name, arguments)
     if problem := next(differences(model, reference, converted), None):
         raise InputError(f"building {name!r} with {arguments} gives another model: {problem}")
+    warn_of_drop_rates(model, reference)
     kept = {key: cfg[key] for key in KEPT_CFG if cfg.get(key) is not None}
     kept["input_size"] = input_size(model)
     return {**record, "library": "timm", "name": name, "arguments": arguments, "pretrained_cfg": kept}

@@ -21,23 +21,23 @@ app = typer.Typer(
     help="Measure attention, or whole models, against their originals. Wrong outputs are refused, not timed.",
 )
 
-BatchOption = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-SecondsOption = Annotated[float, typer.Option(min=0.0, help="Time to spend on each case, beside checks and memory.")]
+BatchOption = Annotated[int, options.at_least(1, "Images at a time.")]
+SecondsOption = Annotated[float, options.at_least(0, "Seconds to spend on each case, beside checks and memory.")]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
         "--output", "-o", help="Also write the result into this folder, as BENCHMARK-MACHINE.json.", metavar="FOLDER"
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")]
+SeedOption = Annotated[int, options.at_least(0, "Seed of the random inputs.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Add every contender under torch.compile.")]
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench attention --tokens 197,1025 --output benchmarks/results")
 def attention(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "197,577,1025,4096,16384",
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 12,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of one head.")] = 64,
+    heads: Annotated[int, options.at_least(1, "Attention heads.")] = 12,
+    head_dim: Annotated[int, options.at_least(1, "Width of one head.")] = 64,
     batch_size: BatchOption = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     compile: CompileOption = False,

@@ -23,10 +23,10 @@ def demo(
         "demo-output"
     ),
     seconds: Annotated[
-        float, typer.Option(min=1.0, help="How long to fine-tune; a second copy gets half of it again.")
+        float, options.at_least(1, "How long to fine-tune; a second copy gets half of it again.")
     ] = 120.0,
     data: options.DataOption = "fashion-mnist:shipped",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the fine-tuning.")] = 0,
+    seed: Annotated[int, options.at_least(0, "Seed of the fine-tuning.")] = 0,
 ) -> None:
     """Convert a small pre-trained ViT to linear attention, fine-tune it, and show what it costs and gains.
 

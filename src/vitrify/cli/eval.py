@@ -37,8 +37,8 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images only, evenly spread.")] = None,
+    batch_size: Annotated[int, options.at_least(1, "Images per step.")] = 64,
+    limit: Annotated[int | None, options.at_least(1, "Use so many images only, evenly spread.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here too.")] = None,
     pretrained: options.PretrainedOption = False,
     checkpoint: options.CheckpointOption = None,
@@ -71,10 +71,11 @@ def evaluate(
     _print(result)
 
 
-def find_original(model: nn.Module, against: str) -> nn.Module:
+def find_original(model: nn.Module, against: str, *, needs_head: bool = True) -> nn.Module:
     """Return the model to compare with: "original" is the unconverted one, with the weights it was created with.
 
-    A path is an artefact, a finished run, or a checkpoint for the unconverted architecture of `model`.
+    A path is an artefact, a finished run, or a checkpoint for the unconverted architecture of `model`. With
+    `needs_head`, a checkpoint without a classifier for the model's classes is refused.
     """
     from vitrify.artefact import load, load_weights, read_checkpoint, rebuild_original
     from vitrify.artefact.builders import describe, rebuild
@@ -90,7 +91,8 @@ def find_original(model: nn.Module, against: str) -> nn.Module:
             f"checkpoint file, not {against!r}"
         )
     original = rebuild(record if "library" in record else describe(model, set()))
-    load_weights(original, read_checkpoint(against), against)
+    if load_weights(original, read_checkpoint(against), against) and needs_head:
+        raise InputError(f"{against} has no classifier of this model's classes, so its answers cannot be compared")
     return original.eval()
 
 

@@ -158,7 +158,10 @@ def finetune(  # the command line's options; all but the model are given by name
     torch.manual_seed(config.seed)
     weights = ("pretrained", "checkpoint", "img_size", "num_classes", "in_chans")
     student, guide = load_pair(
-        model, teacher if objective != "labels" else None, {name: given[name] for name in weights}
+        model,
+        teacher if objective != "labels" else None,
+        {name: given[name] for name in weights},
+        needs_head=objective == "distill",
     )
     task = train.make_task(
         config,
@@ -203,7 +206,9 @@ def use_device(name: str) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def load_pair(spec: str, teacher: str | None, wanted: dict[str, Any]) -> tuple[nn.Module, nn.Module | None]:
+def load_pair(
+    spec: str, teacher: str | None, wanted: dict[str, Any], *, needs_head: bool = True
+) -> tuple[nn.Module, nn.Module | None]:
     """Return the student, as it is before any conversion of this run, and its teacher (None if none is asked for)."""
     from vitrify.artefact import is_plain
     from vitrify.cli.eval import find_original
@@ -213,7 +218,7 @@ def load_pair(spec: str, teacher: str | None, wanted: dict[str, Any]) -> tuple[n
     if teacher == "original" and is_plain(student):
         guide = copy.deepcopy(student)
     elif teacher is not None:
-        guide = find_original(student, teacher)
+        guide = find_original(student, teacher, needs_head=needs_head)
     return student, guide
 
 

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+
+def at_least(low: float, help: str) -> Any:
+    """Return an option for numbers from `low` on. Typer's own `min` does not say which value it refuses."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and value < low:
+            raise typer.BadParameter(f"must be at least {low:g}, not {value:g}")
+        return value
+
+    return typer.Option(callback=check, help=f"{help} At least {low:g}.")
+
+
 # Where a fine-tuning run keeps its artefact: the folder of the run stands for it.
 RUN_MODEL = "model"
 
@@ -31,10 +43,8 @@ CheckpointOption = Annotated[
     typer.Option(help="Load weights from this .safetensors or .pth file (pickled code is never run).", metavar="FILE"),
 ]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Image side, in pixels. Default: the model's own.")]
-NumClassesOption = Annotated[
-    int | None, typer.Option(min=0, help="Width of the classifier; 0 for an encoder without one.")
-]
-InChansOption = Annotated[int | None, typer.Option(min=1, help="Image channels: 1 (grey) or 3.")]
+NumClassesOption = Annotated[int | None, at_least(0, "Width of the classifier; 0 for an encoder without one.")]
+InChansOption = Annotated[int | None, at_least(1, "Image channels: 1 (grey) or 3.")]
 RecipeOption = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="A recipe's name (`vitrify recipes` lists them) or a YAML file.")
 ]
@@ -74,22 +84,11 @@ def load_model(spec: str, **wanted: Any) -> nn.Module:
     if "/" in spec and ":" not in spec:
         raise InputError(f"there is no artefact at {spec}")
     model = create_model(spec, **wanted)
-    _check_patches(model, wanted.get("img_size"))
+    if (img_size := wanted.get("img_size")) is not None:
+        from vitrify.models.image_size import check_image_size
+
+        check_image_size(model, img_size, "--img-size")
     return model
-
-
-def _check_patches(model: nn.Module, img_size: int | None) -> None:
-    """Refuse an image side that is no multiple of the patch side: timm would cut pixels off in silence, or fail."""
-    from timm.layers import PatchEmbed
-
-    stem = getattr(model, "patch_embed", None)
-    if img_size is None or not isinstance(stem, PatchEmbed) or stem.dynamic_img_pad:
-        return
-    patch = max(stem.patch_size)
-    if img_size % patch:
-        below = img_size // patch * patch
-        fitting = f"{below} or {below + patch}" if below else f"{patch}"
-        raise InputError(f"--img-size {img_size} is not a multiple of the model's patch side {patch}: take {fitting}")
 
 
 def pick_device(name: str) -> torch.device:
