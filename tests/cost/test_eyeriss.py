@@ -120,6 +120,13 @@ def test_a_kernel_wider_than_the_input_registers_fits_no_tiling():
     assert search(replace(patch, s=11), PRICES, 0.0, Machine(), "least_energy") is not None
 
 
+def test_a_convolution_spreads_its_output_rows_over_pes_or_fits_no_tiling():
+    """13 rows spread all or not at all, over 3 PEs each."""
+    rows = Layer(1, 4, 4, 13, 13, 3, 3, 13, 13)
+    assert search(rows, PRICES, 0.0, Machine(pes=39), "least_energy") is None
+    assert search(rows, PRICES, 0.0, Machine(pes=40), "least_energy").tiling.e1 == 13
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 400))
 def test_the_factors_make_up_the_loops_and_every_product_reads_its_weight(n, m, c):
