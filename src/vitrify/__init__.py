@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
     from vitrify.cost.energy import energy
+    from vitrify.cost.workload import Workload, workload
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Recipe": "vitrify.convert",
     "UnsupportedError": "vitrify.errors",
     "VitrifyError": "vitrify.errors",
+    "Workload": "vitrify.cost.workload",
     "convert_": "vitrify.convert",
     "create_model": "vitrify.artefact",
     "energy": "vitrify.cost.energy",
@@ -41,6 +43,7 @@ _PUBLIC = {
     "pack_": "vitrify.convert",
     "recipes": "vitrify.recipes",
     "save": "vitrify.artefact",
+    "workload": "vitrify.cost.workload",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "Recipe",
     "UnsupportedError",
     "VitrifyError",
+    "Workload",
     "convert_",
     "create_model",
     "energy",
@@ -61,6 +65,7 @@ __all__ = [
     "pack_",
     "recipes",
     "save",
+    "workload",
 ]
 
 
