@@ -11,7 +11,7 @@ from torch import Tensor
 from vitrify.cost.builder import Builder
 from vitrify.cost.elementwise import ELEMENTWISE, MOVES, REDUCTIONS, WRITES
 from vitrify.cost.graph import Operand, Primitive
-from vitrify.cost.kernels import chain, normalise, reduce, scale_and_shift, softmax
+from vitrify.cost.kernels import attention, chain, normalise, reduce, scale_and_shift, softmax
 from vitrify.cost.tensors import accumulator_bits, bits_of, numel
 
 
@@ -19,6 +19,7 @@ from vitrify.cost.tensors import accumulator_bits, bits_of, numel
 class Call:
     """A call of an ATen operator: its arguments, the operands that it reads, and its first result."""
 
+    func: Any
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -34,6 +35,11 @@ class Call:
     def bits(self) -> int:
         """Width of the result."""
         return bits_of(self.out)
+
+    def named(self, name: str) -> Any:
+        """Return the argument of that name, wherever it stands, or None."""
+        names = [argument.name for argument in self.func._schema.arguments]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}.get(name)
 
 
 Rule = Callable[[Builder, Call], Operand | None]
@@ -154,6 +160,12 @@ def _batch_norm(g: Builder, call: Call) -> Operand:
     return scale_and_shift(g, call.inputs[0], call.inputs[1:3])
 
 
+def _attention(g: Builder, call: Call) -> Operand:
+    mask = call.inputs[3] if len(call.inputs) > 3 else None
+    query, key, value = call.inputs[:3]
+    return attention(g, query, key, value, mask, causal=bool(call.named("is_causal")))
+
+
 def _gelu(g: Builder, call: Call) -> Operand:
     # 0.5 x (1 + erf(x / sqrt 2)), or 0.5 x (1 + tanh(c (x + 0.044715 x^3))).
     tanh = call.kwargs.get("approximate", "none") == "tanh"
@@ -182,6 +194,10 @@ RULES: dict[str, Rule] = {
     "_fused_rms_norm": _rms_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "_safe_softmax": _softmax,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_softmax": _softmax,
     "addmm": _addmm,
     "avg_pool2d": _pool("add", "div"),

@@ -64,12 +64,15 @@ class Builder:
         *,
         bits: int | None = None,
     ) -> Operand:
-        """Append element-wise work and return its output; as many elements as the output has unless it says."""
+        """Append element-wise work and return its output, as wide as the first input unless `bits` says.
+
+        elements: scalar operations, one per element of the output by default.
+        """
         shape = tuple(shape)
         phase = self._phases[0]
         widths = [operand.bits for operand in inputs]
-        if bits is None:
-            bits = max((i.bits for i in inputs if i.kind == "activation"), default=32)
+        # Biases, means and indices may have other widths than the data, which comes first.
+        bits = widths[0] if bits is None else bits
         return self._append(
             "vector",
             inputs,

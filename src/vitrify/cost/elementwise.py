@@ -71,6 +71,7 @@ REDUCTIONS: dict[str, tuple[str, str]] = {
     "any": ("compare", ""),
     "argmax": ("compare", ""),
     "argmin": ("compare", ""),
+    "col2im": ("add", ""),  # overlapping windows sum
     "count_nonzero": ("compare add", ""),
     "cumsum": ("add", ""),
     "linalg_vector_norm": ("mul add", "sqrt"),
@@ -100,3 +101,6 @@ FACTORIES: frozenset[str] = frozenset(
         *("new_zeros", "ones_like", "zero", "zeros_like"),
     )
 )
+
+# In-place, and yet nothing is written: they change how memory is read.
+VIEWS: frozenset[str] = frozenset(("as_strided_", "squeeze_", "swapaxes_", "t_", "transpose_", "unsqueeze_"))

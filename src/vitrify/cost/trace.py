@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitrify.cost.aten import Call, apply_rule
 from vitrify.cost.builder import Builder
-from vitrify.cost.elementwise import FACTORIES
+from vitrify.cost.elementwise import FACTORIES, VIEWS
 from vitrify.cost.graph import Operand
 from vitrify.cost.kernels import attention
 from vitrify.cost.tensors import bits_of, key
@@ -61,13 +61,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outs = _tensors(out)
         if not outs:
             return
+        name: str = func.overloadpacket.__name__
         tensors, read = self.builder.tensors, _tensors((args, kwargs))
-        written = _written(func, args, kwargs)
+        written = None if name in VIEWS else _written(func, args, kwargs)
         storages = {key(tensor) for tensor in read}
         if written is None and all(key(tensor) in storages for tensor in outs):
             return  # a view
-        name = func.overloadpacket.__name__
-        name = name.removesuffix("_") if written is not None else name
+        name = name if written is None else name.removesuffix("_")
         if name in FACTORIES or all(tensors.is_constant(tensor) for tensor in read):
             for tensor in outs:
                 tensors.bind_constant(tensor)
@@ -79,7 +79,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         partly = written is not None and not tensors.is_whole(written)
         if written is not None and partly:
             inputs.append(tensors.whole(written))
-        result = apply_rule(self.builder, Call(name, args, kwargs, tuple(inputs), outs[0]))
+        result = apply_rule(self.builder, Call(func, name, args, kwargs, tuple(inputs), outs[0]))
         if result is None:
             # What it computes is not known; what it writes is, and the graph must not break here.
             self.builder.unknown[str(func)] += 1
@@ -98,7 +98,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Attention(TorchFunctionMode):
-    """Records scaled_dot_product_attention by what it computes, before PyTorch picks one of its many kernels."""
+    """Records scaled_dot_product_attention by what it computes, before PyTorch picks a kernel, or none, by device.
+
+    Called from within torch.nn (MultiheadAttention) it is out of reach, and `aten` meets whatever was picked.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()

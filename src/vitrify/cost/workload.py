@@ -91,7 +91,7 @@ def _run(tracer: Tracer, mode: FakeTensorMode, model: nn.Module, args: Any, kwar
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedError(
             f"{_where(tracer, model)} decides by the values of its tensors ({error}), and a trace has only their "
-            "shapes: cost the model without it"
+            "shapes: trace the modules around it by themselves"
         ) from error
     except InputError:
         raise
