@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -69,6 +70,15 @@ def test_vit_huge_costs_no_memory():
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert workload(model, size).macs == 167_293_829_120
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < 200_000
+
+
+def test_readme_example():
+    model = timm.create_model("deit_tiny_patch16_224")
+    vitrify.convert_(model, vitrify.recipes.shiftaddvit())
+    graph = workload(model)
+    readme = (Path(vitrify.__file__).parent / "cost" / "README.md").read_text()
+    for products in (graph.macs, graph.count("shift"), graph.count("add")):
+        assert f"{products:,}" in readme
 
 
 def multiplications(graph: vitrify.Workload, subsampling: bool = True) -> int:

@@ -33,7 +33,8 @@ class Operand:
 class Operation:
     """One operation.
 
-    id, module   its number ("op12"), and the qualified name of the module that it belongs to
+    id, module   its number ("op12", or "op12.1", ... for the rest of what the framework runs as one kernel), and the
+                 qualified name of the module that it belongs to
     kind         "matmul" (m x k by k x n, `count` of them), "conv" (as the matmul of its lowering: m = output pixels
                  times images, k = kernel times input channels of a group, n = output channels of a group,
                  count = groups) or "vector" (`elements` of one element-wise kind)
