@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: help demo test test-all lint checkpoint experiments bench clean
 
 help:
-	@echo "make demo         set up, then convert, fine-tune and report on real images (about 5 minutes after set-up)"
+	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
 	@echo "make test         set up, then the quick tests (under 5 minutes after set-up on 2 cores)"
 	@echo "make test-all     the slow tests too"
 	@echo "make lint         ruff and mypy --strict"
