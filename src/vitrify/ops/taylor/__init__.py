@@ -7,35 +7,45 @@ from torch import Tensor
 
 from vitrify.errors import InputError, unknown
 from vitrify.ops.autocast import under_autocast, without_autocast
-from vitrify.ops.taylor import aten, cpu, reference, sparse, squares, validation
+from vitrify.ops.taylor import aten, cpu, gpu, reference, sparse, squares, validation
 from vitrify.ops.taylor.registration import taylor_attention_op
 from vitrify.ops.tracing import exporting, fx_leaf
 
-BACKENDS = ("aten", "cpu", "reference")
+BACKENDS = ("aten", "cpu", "reference", "triton")
+# What the backends take that are not for every device.
+KERNELS = {"cpu": "tensors on the CPU", "triton": "tensors on an NVIDIA GPU (compute capability 8.0, Triton installed)"}
 
 
-def backends() -> tuple[str, ...]:
-    """Return the names that `taylor_attention(..., backend=)` takes."""
-    return BACKENDS
+def backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Return the names that `taylor_attention(..., backend=)` takes for tensors on `device`."""
+    device = torch.device(device)
+    kernels = {"cpu": device.type == "cpu", "triton": gpu.available(device) or gpu.interpreting()}
+    return tuple(name for name in BACKENDS if kernels.get(name, True))
 
 
 def selected_backend(device: torch.device | str = "cpu") -> str:
     """Return the backend that `backend=None` picks for tensors on `device`: which kernel really runs.
 
-    "cpu", the blocked kernel, on the CPU; "aten" on every other device, and on all while a graph is exported or traced.
+    "cpu", the blocked kernel, on the CPU; "triton" on NVIDIA GPUs from compute capability 8.0 on where Triton is
+    installed (it leaves float64 and heads wider than 128 to "aten"); "aten" on every other device, and on all while a
+    graph is exported or traced.
     """
-    return "cpu" if torch.device(device).type == "cpu" and not exporting() else "aten"
+    device = torch.device(device)
+    if exporting():
+        return "aten"
+    return "cpu" if device.type == "cpu" else "triton" if gpu.available(device) else "aten"
 
 
 def _only_computing(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Say whether nobody watches: plain CPU tensors in eager inference, with no mode, transform or compiler around.
+    """Say whether nobody watches: plain tensors in eager inference, with no mode, transform or compiler around.
 
-    Then the kernel may be called as it is. The op's way through the dispatcher and autograd costs 0.1 ms, where
-    attention over 197 tokens takes 0.3.
+    Then a CPU's or GPU's kernel may be called as it is. The op's way through the dispatcher and autograd costs 0.1 ms,
+    where attention over 197 tokens takes 0.3 on a CPU.
     """
     return (
         not torch.compiler.is_compiling()
-        and all(type(t) is Tensor and t.device.type == "cpu" for t in (query, key, value))
+        and all(type(t) is Tensor for t in (query, key, value))
+        and (query.device.type == "cpu" or gpu.available(query.device))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
         and not under_autocast(query)
         and not torch._C._are_functorch_transforms_active()
@@ -63,19 +73,27 @@ def taylor_attention(
     The result's memory is laid out as (B, Nq, H, Dv): `out.transpose(1, 2).flatten(2)` copies nothing.
     `scale` is 1/sqrt(D) by default. Under autocast the inputs are cast as SDPA's are.
     `backend`: None picks the kernel that `selected_backend` names, inside the registered op (closed-form backward)
-    except while a graph is exported, and in plain eager inference on the CPU, which calls the kernel as it is. "cpu" is
-    the blocked kernel for CPU tensors, also in the op; "aten" plain PyTorch calls, differentiated by autograd;
+    except while a graph is exported, and in plain eager inference, which calls the kernel as it is. "cpu" is the
+    blocked kernel for CPU tensors, "triton" the kernels for NVIDIA GPUs (and, slowly, for any tensors if
+    TRITON_INTERPRET=1 is set), both also in the op; "aten" plain PyTorch calls, differentiated by autograd;
     "reference" Algorithm 1 step by step in the inputs' dtype.
 
     Raises InputError (shapes, dtypes, scale, backend) and UnsupportedError (any mask but key padding).
     ViTALiTy, Algorithm 1; docs/papers.md 1, 2.
     """
     query, key, value, keep, scale = _prepare(query, key, value, attn_mask, scale)
-    if backend == "cpu" and query.device.type != "cpu":
-        raise InputError(f"backend 'cpu' takes tensors on the CPU, not on {query.device}: leave it out, or 'aten'")
+    if backend in KERNELS and backend not in backends(query.device):
+        takes = f"takes {KERNELS[backend]}, not on {query.device}"
+        raise InputError(f"backend {backend!r} {takes}: leave it out, or 'aten'")
+    out: Tensor
+    if backend == "triton" and not gpu.available(query.device):
+        out = gpu.kernels().interpreted(query, key, value, keep, scale)
+        return out
     if backend is None and _only_computing(query, key, value):
-        return cpu.forward(query, key, value, keep, scale)[0]
-    if backend == "cpu" or (backend is None and not exporting()):
+        kernels = cpu if query.device.type == "cpu" else gpu.kernels()
+        out, _ = kernels.forward(query, key, value, keep, scale)
+        return out
+    if backend in KERNELS or (backend is None and not exporting()):
         return taylor_attention_op(query, key, value, keep, scale)
     with without_autocast(query):
         if backend in (None, "aten"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitrify.errors import UnsupportedError
 from vitrify.ops.autocast import without_autocast
-from vitrify.ops.taylor import aten, cpu
+from vitrify.ops.taylor import aten, cpu, gpu
 from vitrify.ops.taylor.reference import AffineState
 
 FORWARD = "vitrify::taylor_attention"
@@ -51,6 +51,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: flo
     return out, *state
 
 
+@torch.library.impl(FORWARD, "cuda")
+def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Four:
+    with without_autocast(query):
+        kernels = gpu.kernels() if gpu.available(query.device) else aten
+        out, state = kernels.forward(query, key, value, keep, scale)
+    return _tokens_first(out), *state
+
+
 @torch.library.register_fake(FORWARD)  # type: ignore[untyped-decorator]
 def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Four:
     batch, heads, queries, dim = query.shape
@@ -78,6 +86,16 @@ def _(
 ) -> Three:
     with without_autocast(query):
         return cpu.backward(grad, query, key, value, keep, scale, AffineState(*state))
+
+
+@torch.library.impl(BACKWARD, "cuda")
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float, *state: Tensor
+) -> Three:
+    with without_autocast(query):
+        kernels = gpu.kernels() if gpu.available(query.device) else aten
+        d_query, d_key, d_value = kernels.backward(grad, query, key, value, keep, scale, AffineState(*state))
+    return _tokens_first(d_query), _tokens_first(d_key), _tokens_first(d_value)
 
 
 @torch.library.register_fake(BACKWARD)  # type: ignore[untyped-decorator]

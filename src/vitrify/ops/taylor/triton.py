@@ -1,0 +1,206 @@
+"""Taylor attention on the GPU: which kernels run, on how many programs. TRITON.md has the design and what is exact.
+
+Inputs are read through their strides (a packed qkv projection needs no copy); results have memory order (B, N, H, D).
+Nothing is tuned at run time: the plan follows from the shapes and the number of processors, so that the same call
+gives the same bits, and sequence lengths share their compiled kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitrify.ops.taylor import aten
+from vitrify.ops.taylor.cpu import tokens_first
+from vitrify.ops.taylor.reference import AffineState
+from vitrify.ops.taylor.triton_kernels import (
+    backward_kernel,
+    combine_kernel,
+    forward_kernel,
+    reduce_kernel,
+    stream_kernel,
+)
+
+# The widest head whose matrix a program can hold in its registers.
+MAX_WIDTH = 128
+# Tokens that one program sums at most: tensor cores cut off their float32 sums, and the error grows with the length.
+MAX_CHUNK = 1024
+# Tokens that one program takes alone even when the other processors have nothing to do: two more launches cost more.
+SMALL = 512
+# A head of more queries than this is shared between programs, however many heads there are.
+MAX_QUERIES = 4096
+# Programs per processor to aim for when heads are shared.
+PROGRAMS = 4
+# Entries of a matrix per program, and records per step, when the parts of a head are joined.
+ENTRIES, TOGETHER = 256, 8
+
+
+class Plan(NamedTuple):
+    """How many tokens a program takes: `reduce` keys (or queries, backward), `stream` tokens; None: whole heads."""
+
+    reduce: int
+    stream: int
+
+
+def plan(heads: int, queries: int, keys: int, processors: int) -> Plan | None:
+    """Return how to share heads between programs, or None where one program takes a whole head, in one launch."""
+    longest = max(queries, keys)
+    if longest <= SMALL or (heads >= processors and keys <= MAX_CHUNK and queries <= MAX_QUERIES):
+        return None
+    per_program = triton.cdiv(longest * heads, PROGRAMS * processors)
+    return Plan(*(min(max(triton.next_power_of_2(per_program), least), MAX_CHUNK) for least in (128, 256)))
+
+
+def fits(query: Tensor, value: Tensor) -> bool:
+    """Say whether the kernels take these inputs: no float64, no head wider than MAX_WIDTH, nothing empty."""
+    return (
+        query.dtype != torch.float64
+        and max(query.shape[3], value.shape[3]) <= MAX_WIDTH
+        and query.numel() > 0
+        and value.numel() > 0
+    )
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, AffineState]:
+    """Z = vbar + Q M as (B, H, Nq, Dv) in memory order (B, Nq, H, Dv), and the state for `backward`, in float32.
+
+    float64 inputs, heads wider than 128 and empty inputs go to `aten`, here and in `backward`.
+    """
+    out = tokens_first(query, query.shape[2], value.shape[3])
+    if not fits(query, value):
+        plain, state = aten.forward(query, key, value, keep, scale)
+        return out.copy_(plain), state
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    state = _empty_state(query, value)
+    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device))
+    if shared is None:
+        tensors = (*_strided(query, key, value), *_mask(keep), *_strided(out), *state)
+        _launch(forward_kernel, query, value, 1, *tensors, scale, heads, queries, keys, MASKED=keep is not None)
+    else:
+        _reduce(key, value, keep, state, scale, keys, shared.reduce, centred=True)
+        _stream(query, state.M, None, state.vbar, None, out, shared.stream, transposed=False)
+    return out, state
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float, state: AffineState
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The closed-form gradients (dQ, dK, dV), each (B, H, N, D) in memory order (B, N, H, D)."""
+    if not fits(query, value):
+        return aten.backward(grad, query, key, value, keep, scale, state)
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    d_query, d_key, d_value = (tokens_first(t, t.shape[2], t.shape[3]) for t in (query, key, value))
+    state = AffineState(*(t.contiguous() for t in state))
+    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device))
+    if shared is None:
+        tensors = (*_strided(grad, query, key, value), *_mask(keep), *_strided(d_query, d_key, d_value), *state)
+        _launch(backward_kernel, query, value, 1, *tensors, scale, heads, queries, keys, MASKED=keep is not None)
+    else:
+        # Nothing is centred here: the place of kbar stays empty, and that of vbar takes sum dZ / n.
+        d_state = _empty_state(query, value)
+        _reduce(query, grad, keep, d_state, scale, keys, shared.reduce, centred=False)
+        _stream(grad, state.M, None, None, None, d_query, shared.stream, transposed=True)
+        _stream(value, d_state.M, state.vbar, None, keep, d_key, shared.stream, transposed=True)
+        _stream(key, d_state.M, state.kbar, d_state.vbar, keep, d_value, shared.stream, transposed=False)
+    return d_query, d_key, d_value
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        out, state = forward(query, key, value, keep, scale)
+        ctx.save_for_backward(query, key, value, keep, *state)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, keep, *state = ctx.saved_tensors
+        return *backward(grad, query, key, value, keep, ctx.scale, AffineState(*state)), None, None
+
+
+def interpreted(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+    """Run the kernels and their backward on tensors that the registered op sends elsewhere: the interpreter's way."""
+    out: Tensor = _Attention.apply(query, key, value, keep, scale)
+    return out
+
+
+def _reduce(
+    x: Tensor, y: Tensor, keep: Tensor | None, state: AffineState, scale: float, keys: int, chunk: int, *, centred: bool
+) -> None:
+    """Fill `state` from the tokens of x and y in two launches: a record per chunk of tokens, then all of them joined.
+
+    Centred, the tokens are the keys that `keep` speaks of; else queries, of which none is padding.
+    """
+    heads, tokens, width, other = x.shape[1], x.shape[2], x.shape[3], y.shape[3]
+    chunks = triton.cdiv(tokens, chunk)
+    size = triton.cdiv(width * other + width + other + 1, 4) * 4  # records begin where 16-byte stores can
+    records = x.new_empty(x.shape[0] * heads * chunks * size, dtype=torch.float32)
+    hidden = keep if centred else None
+    tensors = (*_strided(x, y), *_mask(hidden), records)
+    flags = {"SIZE": size, "CENTRED": centred, "MASKED": hidden is not None}
+    _launch(reduce_kernel, x, y, chunks, *tensors, heads, tokens, chunk, **flags)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        combine_kernel[x.shape[0] * heads, triton.cdiv(width * other, ENTRIES)](
+            *(records, *_mask(keep), *state, scale, heads, keys, chunks),
+            SIZE=size, WX=width, WY=other, ENTRIES=ENTRIES, TOGETHER=TOGETHER, CENTRED=centred, MASKED=keep is not None,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _stream(
+    x: Tensor,
+    matrices: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    out: Tensor,
+    chunk: int,
+    *,
+    transposed: bool,
+) -> None:
+    """Out = bias + (x - offset) matrix, for every head and chunk of tokens; 0 where `keep` says padding."""
+    heads, tokens = x.shape[1], x.shape[2]
+    tensors = (*_strided(x), matrices, offset, bias, *_mask(keep), *_strided(out))
+    flags = {"TRANSPOSED": transposed, "SHIFTED": offset is not None, "BIASED": bias is not None}
+    chunks = triton.cdiv(tokens, chunk)
+    _launch(stream_kernel, x, out, chunks, *tensors, heads, tokens, chunk, **flags, MASKED=keep is not None)
+
+
+def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **constants: int) -> None:
+    """Run `kernel` with one program per head and chunk, on a tile shape that follows from the widths of x and y."""
+    columns = [max(16, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
+    large = max(columns) > 64
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[x.shape[0] * x.shape[1], chunks](
+            *arguments, WX=x.shape[3], WY=y.shape[3], CX=columns[0], CY=columns[1], BLOCK=64, **constants,
+            num_warps=8 if large else 4, num_stages=3, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _strided(*tensors: Tensor) -> tuple[Tensor | tuple[int, ...], ...]:
+    """Return every tensor followed by its strides, as the kernels take them."""
+    return tuple(item for t in tensors for item in (t, t.stride()))
+
+
+def _mask(keep: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    return (None, (0, 1)) if keep is None else (keep.view(torch.uint8), keep.stride())
+
+
+def _empty_state(query: Tensor, value: Tensor) -> AffineState:
+    """Return M (B, H, D, Dv), kbar (B, H, 1, D) and vbar (B, H, 1, Dv), not yet written."""
+    batch, heads, _, width = query.shape
+    sizes = ((width, value.shape[3]), (1, width), (1, value.shape[3]))
+    return AffineState(*(query.new_empty(batch, heads, *size, dtype=torch.float32) for size in sizes))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
