@@ -33,7 +33,7 @@ if not INTERPRETED:
 def shared(request, monkeypatch):
     """Give every head to one program, or tear all heads into chunks of 64 and 128 tokens, whatever their shape."""
     chunks = triton.Plan(64, 128) if INTERPRETED else triton.Plan(128, 256)
-    monkeypatch.setattr(triton, "plan", lambda *sizes: chunks if request.param else None)
+    monkeypatch.setattr(triton, "plan", lambda *sizes, divide=False: chunks if request.param else None)
     return request.param
 
 

@@ -26,8 +26,8 @@ from vitrify.ops.taylor.triton_kernels import (
     stream_kernel,
 )
 
-# The widest head whose matrix a program can hold in its registers.
-MAX_WIDTH = 128
+# The widest head whose matrix a program can hold in its registers, and the widest that leaves room beside it.
+MAX_WIDTH, NARROW = 128, 64
 # Tokens that one program sums at most: tensor cores cut off their float32 sums, and the error grows with the length.
 MAX_CHUNK = 1024
 # Tokens that one program takes alone even when the other processors have nothing to do: two more launches cost more.
@@ -47,13 +47,17 @@ class Plan(NamedTuple):
     stream: int
 
 
-def plan(heads: int, queries: int, keys: int, processors: int) -> Plan | None:
-    """Return how to share heads between programs, or None where one program takes a whole head, in one launch."""
+def plan(heads: int, queries: int, keys: int, processors: int, *, divide: bool = False) -> Plan | None:
+    """Return how to share heads between programs, or None where one program takes a whole head, in one launch.
+
+    `divide` asks for separate launches in any case.
+    """
     longest = max(queries, keys)
-    if longest <= SMALL or (heads >= processors and keys <= MAX_CHUNK and queries <= MAX_QUERIES):
+    alone = longest <= SMALL or (heads >= processors and keys <= MAX_CHUNK and queries <= MAX_QUERIES)
+    if alone and not divide:
         return None
-    per_program = triton.cdiv(longest * heads, PROGRAMS * processors)
-    return Plan(*(min(max(triton.next_power_of_2(per_program), least), MAX_CHUNK) for least in (128, 256)))
+    per_program = triton.next_power_of_2(triton.cdiv(longest * heads, PROGRAMS * processors))
+    return Plan(*(min(max(per_program, least), MAX_CHUNK) for least in (128, 256)))
 
 
 def fits(query: Tensor, value: Tensor) -> bool:
@@ -96,7 +100,9 @@ def backward(
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     d_query, d_key, d_value = (tokens_first(t, t.shape[2], t.shape[3]) for t in (query, key, value))
     state = AffineState(*(t.contiguous() for t in state))
-    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device))
+    # All three gradients of a wide head in one kernel would not fit its registers.
+    wide = max(query.shape[3], value.shape[3]) > NARROW
+    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device), divide=wide)
     if shared is None:
         tensors = (*_strided(grad, query, key, value), *_mask(keep), *_strided(d_query, d_key, d_value), *state)
         _launch(backward_kernel, query, value, 1, *tensors, scale, heads, queries, keys, MASKED=keep is not None)
@@ -176,11 +182,12 @@ def _stream(
 def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **constants: int) -> None:
     """Run `kernel` with one program per head and chunk, on a tile shape that follows from the widths of x and y."""
     columns = [max(16, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
-    large = max(columns) > 64
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    wide, single = max(columns) > NARROW, x.dtype == torch.float32
+    with torch.cuda.device_of(x):
         kernel[x.shape[0] * x.shape[1], chunks](
-            *arguments, WX=x.shape[3], WY=y.shape[3], CX=columns[0], CY=columns[1], BLOCK=64, **constants,
-            num_warps=8 if large else 4, num_stages=3, enable_fp_fusion=True,
+            *arguments, WX=x.shape[3], WY=y.shape[3], CX=columns[0], CY=columns[1], BLOCK=32 if single else 64,
+            **constants, num_warps=8 if wide or single else 4, num_stages=2 if wide and single else 3,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
