@@ -9,6 +9,7 @@ from torch import nn
 
 from vitrify.errors import UnsupportedError
 from vitrify.ops import (
+    gpu,
     selected_backend,
     sparse_softmax_attention,
     taylor_attention,
@@ -16,7 +17,7 @@ from vitrify.ops import (
     taylor_squares_attention,
     taylor_weights,
 )
-from vitrify.ops.taylor import aten, cpu, gpu
+from vitrify.ops.taylor import aten, cpu
 
 
 class Core(nn.Module):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vitrify.errors import InputError, unknown
+from vitrify.ops import gpu
 from vitrify.ops.autocast import under_autocast, without_autocast
-from vitrify.ops.taylor import aten, cpu, gpu, reference, sparse, squares, validation
+from vitrify.ops.taylor import aten, cpu, reference, sparse, squares, validation
 from vitrify.ops.taylor.registration import taylor_attention_op
 from vitrify.ops.tracing import exporting, fx_leaf
 
@@ -87,10 +88,10 @@ def taylor_attention(
         raise InputError(f"backend {backend!r} {takes}: leave it out, or 'aten'")
     out: Tensor
     if backend == "triton" and not gpu.available(query.device):
-        out = gpu.kernels().interpreted(query, key, value, keep, scale)
+        out = gpu.kernels("taylor.triton").interpreted(query, key, value, keep, scale)
         return out
     if backend is None and _only_computing(query, key, value):
-        kernels = cpu if query.device.type == "cpu" else gpu.kernels()
+        kernels = cpu if query.device.type == "cpu" else gpu.kernels("taylor.triton")
         out, _ = kernels.forward(query, key, value, keep, scale)
         return out
     if backend in KERNELS or (backend is None and not exporting()):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vitrify.errors import UnsupportedError
+from vitrify.ops import gpu
 from vitrify.ops.autocast import without_autocast
-from vitrify.ops.taylor import aten, cpu, gpu
+from vitrify.ops.taylor import aten, cpu
 from vitrify.ops.taylor.reference import AffineState
 
 FORWARD = "vitrify::taylor_attention"
@@ -54,7 +55,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: flo
 @torch.library.impl(FORWARD, "cuda")
 def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> Four:
     with without_autocast(query):
-        kernels = gpu.kernels() if gpu.available(query.device) else aten
+        kernels = gpu.kernels("taylor.triton") if gpu.available(query.device) else aten
         out, state = kernels.forward(query, key, value, keep, scale)
     return _tokens_first(out), *state
 
@@ -93,7 +94,7 @@ def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float, *state: Tensor
 ) -> Three:
     with without_autocast(query):
-        kernels = gpu.kernels() if gpu.available(query.device) else aten
+        kernels = gpu.kernels("taylor.triton") if gpu.available(query.device) else aten
         d_query, d_key, d_value = kernels.backward(grad, query, key, value, keep, scale, AffineState(*state))
     return _tokens_first(d_query), _tokens_first(d_key), _tokens_first(d_value)
 

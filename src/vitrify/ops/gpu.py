@@ -28,6 +28,6 @@ def interpreting() -> bool:
     return INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def kernels() -> ModuleType:
-    """Return the module with the kernels; the first call imports Triton."""
-    return importlib.import_module("vitrify.ops.taylor.triton")
+def kernels(module: str) -> ModuleType:
+    """Return a module with kernels by its name below `vitrify.ops`: "taylor.triton". The first call imports Triton."""
+    return importlib.import_module(f"vitrify.ops.{module}")
