@@ -16,7 +16,7 @@ from vitrify.ops.ahead_of_time import ARCHITECTURES, compiled, recorded_launches
 
 @triton.jit(do_not_specialize=("length",))
 def product_kernel(a, b, out, stride, length, SIZE: tl.constexpr, WIDE: tl.constexpr = False):
-    """Multiply two square tiles; WIDE keeps far more numbers alive than a thread has registers."""
+    """Multiply two square tiles; WIDE keeps numbers alive for which two warps have no registers."""
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     inside = rows < length
     x = tl.load(a + rows * stride + columns, mask=inside, other=0.0)
@@ -68,7 +68,7 @@ def test_e4m3(arch, opcode):
 
 
 def test_spills_show():
-    spilling = compiled(launch(size=64, WIDE=True, num_warps=1), 80)
+    spilling = compiled(launch(size=128, WIDE=True, num_warps=2), 80)
     assert spilling.stack > 0
     assert spilling.local > 0
     assert spilling.tensor_core() == ""
