@@ -17,7 +17,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "recipe", "packed"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "recipe", "packed"), CASES, ids=str)
 def test_one_graph(name, recipe, packed):
     torch.manual_seed(0)
     torch.compiler.reset()
