@@ -50,7 +50,7 @@ class Latent(nn.Module):
 def test_opcheck(bits, biased, dtype):
     input, codes, exponent, bias, _ = layer(bits)
     input, bias = (t.to(dtype).requires_grad_() for t in (input, bias))
-    args = (input, codes, exponent, bias if biased else None, bits, "ps")
+    args = (input, codes, exponent, bias if biased else None, bits, "ps", "float")
     torch.library.opcheck(torch.ops.vitrify.shift_linear.default, args)
 
 

@@ -104,9 +104,12 @@ def convert_linear(site: LinearSite) -> str:
             module, bits=spec.bits, variant=spec.variant, seed=seed, balance=spec.balance, load=spec.load
         )
     elif spec.primitive == "shift":
-        kind = ShiftConv2d if isinstance(module, nn.Conv2d) else ShiftLinear
-        error = kind.adopt_(module, bits=spec.bits, variant=spec.variant).quantization_error()
-        detail += f"; weight error {100 * error:.1f} %"
+        shift: ShiftConv2d | ShiftLinear
+        if isinstance(module, nn.Conv2d):
+            shift = ShiftConv2d.adopt_(module, bits=spec.bits, variant=spec.variant)
+        else:
+            shift = ShiftLinear.adopt_(module, bits=spec.bits, variant=spec.variant, activations=spec.activations)
+        detail += f"; weight error {100 * shift.quantization_error():.1f} %"
     elif isinstance(module, nn.Linear) and spec.primitive == "integer":
         error = IntLinear.adopt_(module, bits=spec.bits).quantization_error()
         detail += f"; weight error {100 * error:.1f} %"
@@ -201,9 +204,18 @@ def _objection(module: nn.Module, spec: LinearSpec) -> str | None:
         return None
     if type(module) not in (*_LINEAR, *_CONV):
         return f"{qualified_name(type(module))} is not a plain linear layer, so its output could not be kept"
-    if isinstance(module, nn.Conv2d) and spec.primitive not in ("shift", "multiply"):
-        return f"there is no {spec.primitive} primitive for convolutions: use 'shift'"
+    if isinstance(module, nn.Conv2d) and (objection := _conv_objection(spec)) is not None:
+        return objection
     if getattr(module, "packed", False):
         return None if spec == getattr(module, "linear_spec", None) else "is packed: its latent weight is gone"
     own_weight = "weight" in module._parameters
     return None if own_weight else "its weight is not a parameter of its own (weight norm, pruning): remove that first"
+
+
+def _conv_objection(spec: LinearSpec) -> str | None:
+    """Return why a convolution cannot become what `spec` says, or None."""
+    if spec.primitive not in ("shift", "multiply"):
+        return f"there is no {spec.primitive} primitive for convolutions: use 'shift'"
+    if spec.activations != "float":
+        return f"a shift convolution takes float activations, not {spec.activations}"
+    return None

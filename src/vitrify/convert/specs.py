@@ -17,6 +17,7 @@ Reduction = Literal["keep", "remove"]
 Primitive = Literal["multiply", "shift", "mixture", "integer"]
 Variant = Literal["ps", "q"]
 Load = Literal["hard", "smooth"]
+Activations = Literal["float", "int8", "float8"]
 
 # What a spec's own errors call it; `recipe` replaces it by the field that the spec was read from.
 ATTENTION, LINEAR = "attention", "linear"
@@ -116,6 +117,8 @@ class LinearSpec:
                 alternative to compare with)
     bits        width of the weights: 3 to 6 for shift and mixture, 4 or 8 for integer
     variant     DeepShift's "ps" (one code means zero) or "q" (one more exponent instead)
+    activations what a shift layer rounds its input to, token by token, in training too: "float" (nothing), "int8" (sums
+                of integers, fast on CPUs) or "float8" (E4M3, fast on GPUs that multiply it)
     balance     weight of the mixture's latency-aware loss; 0 for none
     load        how the loss counts a token: "hard", to the expert that gets it, or "smooth", as published
     """
@@ -125,9 +128,11 @@ class LinearSpec:
     variant: Variant = "ps"
     balance: float = 0.01
     load: Load = "hard"
+    activations: Activations = "float"
 
     def __post_init__(self) -> None:
-        for name, valid in (("primitive", Primitive), ("variant", Variant), ("load", Load)):
+        choices = (("primitive", Primitive), ("variant", Variant), ("load", Load), ("activations", Activations))
+        for name, valid in choices:
             _check_choice(self, LINEAR, name, get_args(valid))
         widths = (4, 8) if self.primitive == "integer" else (3, 4, 5, 6)
         if not is_int(self.bits) or self.bits not in widths:
@@ -135,6 +140,10 @@ class LinearSpec:
             raise InputError(f"linear.bits must be {listed} for {self.primitive!r}, not {self.bits!r}")
         if not isinstance(self.balance, (int, float)) or isinstance(self.balance, bool) or not self.balance >= 0:
             raise InputError(f"linear.balance must be a number of at least 0, not {self.balance!r}")
+        if self.activations != "float" and self.primitive != "shift":
+            raise InputError(
+                f"linear.activations {self.activations!r} belongs to linear.primitive 'shift', not {self.primitive!r}"
+            )
 
     def __str__(self) -> str:
         if self.primitive == "multiply":
@@ -142,6 +151,8 @@ class LinearSpec:
         if self.primitive == "integer":
             return f"integer, weights {self.bits} bits, activations 8"
         parts = [f"{self.primitive}, {self.bits} bits {self.variant}"]
+        if self.activations != "float":
+            parts.append(f"activations {self.activations}")
         if self.primitive == "mixture":
             parts.append(f"balance {self.balance:g} ({self.load})" if self.balance else "no balance")
         return ", ".join(parts)

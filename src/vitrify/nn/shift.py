@@ -19,9 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrify.errors import UnsupportedError
-from vitrify.ops.shift import pack_codes, shift_decode, shift_linear, shift_quantize, shift_ste, unpack_codes
-from vitrify.ops.shift.registration import decoded
-from vitrify.ops.shift.validation import check_format, check_representable, check_weight, has_values
+from vitrify.ops.shift import (
+    pack_codes,
+    quantize_tokens_ste,
+    shift_decode,
+    shift_linear,
+    shift_quantize,
+    shift_ste,
+    unpack_codes,
+)
+from vitrify.ops.shift.reference import decoded
+from vitrify.ops.shift.validation import (
+    check_activations,
+    check_format,
+    check_representable,
+    check_weight,
+    has_values,
+)
 from vitrify.ops.tracing import fx_leaf
 
 
@@ -65,6 +79,7 @@ class _ShiftWeight(nn.Module):
     def pack_(self) -> Self:
         """Replace the latent weight by buffers `codes` (uint8) and `exponent` (int8), for good; eval outputs are equal.
 
+        Equal bit for bit with float activations; with quantised ones, up to the rounding of a product in floats.
         3 and 4 bits take half a byte per weight, 5 and 6 bits one. Only the bias can be trained from here on. Also
         turns a fresh layer into one that loads a packed state dict. A packed layer is left as it is.
         Raises InputError if the weight is not finite or its dtype cannot hold a power of two that is used.
@@ -130,16 +145,29 @@ class _ShiftWeight(nn.Module):
 class ShiftLinear(_ShiftWeight, nn.Linear):
     """nn.Linear with weights s 2^P: `adopt_` an existing layer in place, or copy one with `from_linear`.
 
-    bits     3 to 6: a sign and bits - 1 bits of exponent
-    variant  "ps" has a 0 among its levels, "q" has one more power of two instead
-    Each output channel has its own power-of-two scale. Training rounds one latent weight at each forward and hands its
-    gradient straight through. `pack_()` for deployment.
+    bits         3 to 6: a sign and bits - 1 bits of exponent
+    variant      "ps" has a 0 among its levels, "q" has one more power of two instead
+    activations  "float", or what each token is rounded to before it is multiplied: "int8", so that the layer adds
+                 shifted integers, or "float8" (E4M3), each with a scale per token
+    Each output channel has its own power-of-two scale. Training rounds one latent weight, and the activations, at each
+    forward and hands their gradients straight through. `pack_()` for deployment.
     """
 
+    activations: str = "float"
     _source = nn.Linear
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int = 4, variant: str = "ps") -> tuple[Self, float]:
+    def adopt_(cls, module: nn.Module, bits: int = 4, variant: str = "ps", activations: str = "float") -> Self:
+        """Turn `module` itself into a shift layer and return it, with the same promises and errors as ShiftConv2d."""
+        check_activations(activations)
+        shift = super().adopt_(module, bits, variant)
+        shift.activations = activations
+        return shift
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, bits: int = 4, variant: str = "ps", activations: str = "float"
+    ) -> tuple[Self, float]:
         """Return (a shift layer made from a copy of `linear`, the relative error of its weight). Errors as `adopt_`."""
         if type(linear) is not nn.Linear:
             raise UnsupportedError(f"{cls.__name__} is made from nn.Linear, not from {_name(linear)}")
@@ -150,14 +178,34 @@ class ShiftLinear(_ShiftWeight, nn.Linear):
         with torch.no_grad():
             for mine, theirs in zip(copy.parameters(), linear.parameters(), strict=True):
                 mine.copy_(theirs).requires_grad_(theirs.requires_grad)
-        shift = cls.adopt_(copy.train(linear.training), bits, variant)
+        shift = cls.adopt_(copy.train(linear.training), bits, variant, activations)
         return shift, shift.quantization_error()
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), as nn.Linear, in any float dtype and under autocast."""
         if self.packed:
-            return shift_linear(input, self.codes, self.exponent, self.bias, bits=self.bits, variant=self.variant)
+            return shift_linear(
+                input,
+                self.codes,
+                self.exponent,
+                self.bias,
+                bits=self.bits,
+                variant=self.variant,
+                activations=self.activations,
+            )
+        input = quantize_tokens_ste(input, self.activations)
         return F.linear(input, shift_ste(self.weight, self.bits, self.variant), self.bias)
+
+    def restore_(self) -> nn.Module:
+        """Turn the layer back into the nn.Linear it was made from; UnsupportedError once packed."""
+        plain = super().restore_()
+        plain.__dict__.pop("activations", None)
+        return plain
+
+    def extra_repr(self) -> str:
+        """Add the activations' format, where they have one, to the layer's own line."""
+        rounded = "" if self.activations == "float" else f", activations={self.activations!r}"
+        return f"{super().extra_repr()}{rounded}"
 
     def _weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features

@@ -15,8 +15,8 @@ from torch import Tensor
 from vitrify.errors import InputError
 from vitrify.ops.autocast import under_autocast
 from vitrify.ops.shift import packing, reference, validation
-from vitrify.ops.shift.registration import linear, shift_linear_op
-from vitrify.ops.shift.ste import StraightThrough
+from vitrify.ops.shift.registration import shift_linear_op
+from vitrify.ops.shift.ste import QuantizedTokens, StraightThrough
 from vitrify.ops.tracing import exporting, fx_leaf
 
 
@@ -94,25 +94,28 @@ def shift_linear(
     *,
     bits: int = 4,
     variant: str = "ps",
+    activations: str = "float",
 ) -> Tensor:
-    """F.linear(input, decode(codes), bias), the same bits, with a weight of `bits` bits in memory.
+    """F.linear(input, decode(codes), bias) with a weight of `bits` bits in memory.
 
     input (..., in), float16 | bfloat16 | float32 | float64 -> (..., out) in the same dtype; codes: uint8 (out, bytes),
     *packed* as `pack_codes` returns them; exponent: int8 (out,); bias (out,) in the input's dtype. Under autocast the
     input and the bias are cast as F.linear's are. The input and the bias get gradients.
     float16 ends at 2^15 and starts at 2^-24: `shift_decode` checks that codes fit, this function reads no values.
 
-    Raises InputError (shapes, dtypes, devices, bits, variant).
+    activations "float": the bits of F.linear. "int8" and "float8" round each token first, on a scale of its own
+    (symmetric int8, or E4M3): "int8" sums integers exactly, "float8" in float32. Their gradient is that of "float".
+
+    Raises InputError (shapes, dtypes, devices, bits, variant, activations).
     """
-    if isinstance(input, Tensor) and under_autocast(input) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
+    if isinstance(input, Tensor) and (dtype := _dtype_in_linear(input)) != input.dtype:
         input = input.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     validation.check_format(bits, variant)
+    validation.check_activations(activations)
     validation.check_linear(input, codes, exponent, bias, bits, variant)
-    if exporting():
-        return linear(input, codes, exponent, bias, bits, variant)
-    return shift_linear_op(input, codes, exponent, bias, bits, variant)
+    run = reference.linear if exporting() else shift_linear_op
+    return run(input, codes, exponent, bias, bits, variant, activations)
 
 
 @fx_leaf
@@ -128,3 +131,24 @@ def shift_ste(weight: Tensor, bits: int = 4, variant: str = "ps") -> Tensor:
         raise InputError(f"weight must be float (out, in, ...), not {weight.dtype} of shape {tuple(weight.shape)}")
     out: Tensor = StraightThrough.apply(weight, bits, variant)
     return out
+
+
+@fx_leaf
+def quantize_tokens_ste(input: Tensor, activations: str) -> Tensor:
+    """Return a layer's input (..., in) as "int8" or "float8" `activations` round it, with the identity as gradient.
+
+    In the input's dtype, or autocast's; "float" returns the input itself. For training: F.linear on it and on
+    `shift_ste`'s weight is `shift_linear` up to the rounding of floats. Raises InputError for unknown activations.
+    """
+    validation.check_activations(activations)
+    if activations == "float":
+        return input
+    out: Tensor = QuantizedTokens.apply(input.to(_dtype_in_linear(input)), activations)
+    return out
+
+
+def _dtype_in_linear(input: Tensor) -> torch.dtype:
+    """Return the dtype that F.linear would compute in: autocast's where that is on, which leaves float64 alone."""
+    if under_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype

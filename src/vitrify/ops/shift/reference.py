@@ -1,4 +1,4 @@
-"""The definition of the shift format: rounding a weight to sign and power of two, and decoding, exactly.
+"""The definition of the shift format (rounding to sign and power of two, decoding, exactly) and of its layer.
 
 A code of b bits is a sign (bit b - 1) and a magnitude m of b - 1 bits; E is an int8 exponent per output channel, and
 top = 2^(b-1) - 1. Its value is s 2^(E - top + m); in variant "ps" m = 0 means 0. After DeepShift (docs/papers.md).
@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vitrify.ops.autocast import without_autocast
+from vitrify.ops.shift import packing
 from vitrify.ops.tracing import exporting
 
 VARIANTS = ("ps", "q")
+ACTIVATIONS = ("float", "int8", "float8")
+# The largest magnitude that each format of quantised activations holds: symmetric int8, and E4M3.
+LARGEST = {"int8": 127, "float8": 448}
 
 # log2|w| rounds up where the mantissa in [0.5, 1) exceeds sqrt(1/2). No float equals that irrational number, so there
 # are no ties; the float64 just below it is also the right bound once it is rounded to float32.
@@ -101,3 +107,54 @@ def power_of_two(exponent: Tensor) -> Tensor:
         table = torch.tensor([2.0**p for p in range(-126, 128)], device=exponent.device)
         return table[(exponent + 126).clamp(min=0).long()]
     return ((exponent + 127) << 23).view(torch.float32)
+
+
+def decoded(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, width) of packed codes in `dtype`."""
+    # int32 before the bits are taken apart: torch's ONNX export gives uint8 and a number different types.
+    return decode(packing.unpack(codes.int(), width, bits), exponent, bits, variant).to(dtype)
+
+
+def quantize_tokens(input: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Return (values, scale): values (..., in) as int8 or E4M3, scale (..., 1) float32, of float (..., in).
+
+    kind: "int8", values = round(input / scale), half to even, scale = max|token| / 127; or "float8", values = input /
+    scale rounded to E4M3, scale = max|token| / 448. float64 keeps a float64 scale. Tokens whose scale would not be a
+    normal number (all zeros, or below 6e-36) become zeros of scale 1; a NaN or an inf makes its token's scale one too.
+    """
+    input = wide(input)
+    scale = input.abs().amax(-1, keepdim=True) / LARGEST[kind]
+    scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
+    values = input / scale
+    return (values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)), scale
+
+
+def linear(
+    input: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    activations: str,
+) -> Tensor:
+    """Return the layer's output by plain PyTorch, in the input's dtype; `codes` are packed.
+
+    "float": F.linear on the decoded weight. "int8": the exact sum of integers times powers of two, rounded to float32
+    once, times the token's scale, plus the bias. "float8": the same on E4M3 values, with sums in float32.
+    """
+    width = input.shape[-1]
+    if activations == "float":
+        return F.linear(input, decoded(codes, exponent, width, bits, variant, input.dtype), bias)
+    values, scale = quantize_tokens(input, activations)
+    # In units of a channel's least power the sum stays below 127 2^30 in: float64 holds it exactly up to in = 2^16.
+    dtype = torch.float64 if activations == "int8" else scale.dtype
+    with without_autocast(input):
+        sums = F.linear(values.to(dtype), decoded(codes, exponent, width, bits, variant, dtype))
+    return scaled(sums, scale, bias, input.dtype)
+
+
+def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return sums * scale + bias in `dtype`, each step rounded to the dtype of `scale`."""
+    out = sums.to(scale.dtype) * scale
+    return (out if bias is None else out + bias).to(dtype)

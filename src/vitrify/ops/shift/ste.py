@@ -1,4 +1,4 @@
-"""Training a shift weight: rounded forward, identity backward, one latent weight."""
+"""Training a shift layer: weights and activations rounded forward, identity backward, one latent weight."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Pass the gradient on."""
         return grads[0], None, None
+
+
+class QuantizedTokens(torch.autograd.Function):
+    """values * scale of `reference.quantize_tokens`, in the input's dtype, whose gradient is the input's own."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, kind: str) -> Tensor:
+        """Round."""
+        values, scale = reference.quantize_tokens(input, kind)
+        return (values.to(scale.dtype) * scale).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Pass the gradient on."""
+        return grads[0], None

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from vitrify.errors import InputError, unknown
 from vitrify.ops.shift.packing import codes_per_byte, packed_width
 from vitrify.ops.shift.reference import (
+    ACTIVATIONS,
     VARIANTS,
     exponent_limits,
     lowest_level,
@@ -26,6 +27,12 @@ def check_format(bits: int, variant: str) -> None:
         raise InputError(f"bits must be an integer from 3 to 6 (a sign and 2 to 5 bits of exponent), not {bits!r}")
     if variant not in VARIANTS:
         raise unknown("shift variant", str(variant), VARIANTS)
+
+
+def check_activations(activations: str) -> None:
+    """Raise InputError unless `activations` is a known format of a layer's input."""
+    if activations not in ACTIVATIONS:
+        raise unknown("activations", str(activations), ACTIVATIONS)
 
 
 def has_values(tensor: Tensor) -> bool:
