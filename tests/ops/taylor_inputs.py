@@ -32,6 +32,16 @@ def packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return unpacked[0], unpacked[1], unpacked[2]
 
 
+def scattered(t: Tensor, seed: int, fill: float = torch.nan) -> Tensor:
+    """Lay `t` out with its axes in a random order and gaps of `fill` between, as if cut out of some larger tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(4, generator=generator).tolist()
+    pads = torch.randint(0, 3, (4,), generator=generator).tolist()
+    storage = torch.full([t.shape[axis] + pad for axis, pad in zip(order, pads, strict=True)], fill, dtype=t.dtype)
+    view = storage[tuple(slice(pad, None) for pad in pads)].permute([order.index(axis) for axis in range(4)])
+    return view.copy_(t)
+
+
 def assert_as_good_as(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     """Assert that `actual` errs at most twice as much as `plain`, the same arithmetic in plain PyTorch, plus rounding.
 

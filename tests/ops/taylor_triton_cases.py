@@ -10,11 +10,11 @@ import os
 
 import pytest
 import torch
-from taylor_inputs import packed, padding, qkv
-from torch import Tensor
+from taylor_inputs import packed, padding, qkv, scattered
 
 from vitrify.errors import InputError, UnsupportedError
 from vitrify.ops import backends, taylor_attention
+from vitrify.ops.launch import MAX_CHUNK, Plan
 from vitrify.ops.taylor import aten, reference, triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,7 +32,7 @@ if not INTERPRETED:
 @pytest.fixture(params=[False, True], ids=["one_launch", "shared_heads"])
 def shared(request, monkeypatch):
     """Give every head to one program, or tear all heads into chunks of 64 and 128 tokens, whatever their shape."""
-    chunks = triton.Plan(64, 128) if INTERPRETED else triton.Plan(128, 256)
+    chunks = Plan(64, 128) if INTERPRETED else Plan(128, 256)
     monkeypatch.setattr(triton, "plan", lambda *sizes, divide=False: chunks if request.param else None)
     return request.param
 
@@ -74,23 +74,13 @@ def check(inputs, keep=None, scale=0.3, *, forward_only=False):
     dtype, tokens = inputs[0].dtype, max(inputs[0].shape[2], inputs[1].shape[2])
     grad = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
     grad = None if forward_only else grad
-    cut = 0.0 if INTERPRETED else 2**-22 * min(tokens, triton.MAX_CHUNK) / 8
+    cut = 0.0 if INTERPRETED else 2**-22 * min(tokens, MAX_CHUNK) / 8
     truth, plain = expected(inputs, keep, scale, grad)
     for name, actual in run(inputs, keep, scale, grad).items():
         assert actual.dtype == (torch.float32 if name in reference.AffineState._fields else dtype), name
         error, plain_error = ((t.double() - truth[name]).abs().max() for t in (actual, plain[name]))
         allowed = 2 * plain_error + (torch.finfo(actual.dtype).eps + cut) * truth[name].abs().max()
         assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
-
-
-def scattered(t: Tensor, seed: int) -> Tensor:
-    """Lay `t` out with its axes in a random order and gaps of NaN between, as if cut out of some larger tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(4, generator=generator).tolist()
-    pads = torch.randint(0, 3, (4,), generator=generator).tolist()
-    storage = torch.full([t.shape[axis] + pad for axis, pad in zip(order, pads, strict=True)], torch.nan, dtype=t.dtype)
-    view = storage[tuple(slice(pad, None) for pad in pads)].permute([order.index(axis) for axis in range(4)])
-    return view.copy_(t)
 
 
 @pytest.mark.usefixtures("nan_poison", "shared")

@@ -188,7 +188,11 @@ def test_fx_sees_one_node_per_call():
     [
         ("query_code", lambda t: t[0], "query_code must have 4 axes"),
         ("query_code", lambda t: t.tolist(), "query_code must be a Tensor, not list"),
-        ("query_code", lambda t: t.float(), "query_code is float32: codes come as bool, as int8 or as value's float64"),
+        (
+            "query_code",
+            lambda t: t.float(),
+            "query_code is float32: codes come as .*, as bits .uint8. or as value's float64",
+        ),
         ("query_code", lambda t: t[:, :2], "query_code .* differ in batch or heads"),
         ("query_code", lambda t: t[..., :4], "query_code has 4 bits but key_code has 6"),
         ("key_code", lambda t: t[:, :, :5], "key_code .* differ in batch, heads or tokens"),

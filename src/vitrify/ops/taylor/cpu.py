@@ -60,9 +60,9 @@ def backward(
     return d_query, d_key, d_value
 
 
-def tokens_first(like: Tensor, tokens: int, dim: int) -> Tensor:
+def tokens_first(like: Tensor, tokens: int, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return an empty (B, H, tokens, dim) in memory order (B, tokens, H, dim), with B, H and dtype of `like`."""
-    return like.new_empty(like.shape[0], tokens, like.shape[1], dim).transpose(1, 2)
+    return like.new_empty(like.shape[0], tokens, like.shape[1], dim, dtype=dtype).transpose(1, 2)
 
 
 def _axis(query: Tensor, keep: Tensor | None) -> int:

@@ -7,14 +7,14 @@ gives the same bits, and sequence lengths share their compiled kernels.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vitrify.ops.launch import mask_arguments, plan, processors, strided
 from vitrify.ops.taylor import aten
 from vitrify.ops.taylor.cpu import tokens_first
 from vitrify.ops.taylor.reference import AffineState
@@ -28,36 +28,8 @@ from vitrify.ops.taylor.triton_kernels import (
 
 # The widest head whose matrix a program can hold in its registers, and the widest that leaves room beside it.
 MAX_WIDTH, NARROW = 128, 64
-# Tokens that one program sums at most: tensor cores cut off their float32 sums, and the error grows with the length.
-MAX_CHUNK = 1024
-# Tokens that one program takes alone even when the other processors have nothing to do: two more launches cost more.
-SMALL = 512
-# A head of more queries than this is shared between programs, however many heads there are.
-MAX_QUERIES = 4096
-# Programs per processor to aim for when heads are shared.
-PROGRAMS = 4
 # Entries of a matrix per program, and records per step, when the parts of a head are joined.
 ENTRIES, TOGETHER = 256, 8
-
-
-class Plan(NamedTuple):
-    """How many tokens a program takes: `reduce` keys (or queries, backward), `stream` tokens; None: whole heads."""
-
-    reduce: int
-    stream: int
-
-
-def plan(heads: int, queries: int, keys: int, processors: int, *, divide: bool = False) -> Plan | None:
-    """Return how to share heads between programs, or None where one program takes a whole head, in one launch.
-
-    `divide` asks for separate launches in any case.
-    """
-    longest = max(queries, keys)
-    alone = longest <= SMALL or (heads >= processors and keys <= MAX_CHUNK and queries <= MAX_QUERIES)
-    if alone and not divide:
-        return None
-    per_program = triton.next_power_of_2(triton.cdiv(longest * heads, PROGRAMS * processors))
-    return Plan(*(min(max(per_program, least), MAX_CHUNK) for least in (128, 256)))
 
 
 def fits(query: Tensor, value: Tensor) -> bool:
@@ -81,13 +53,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scal
         return out.copy_(plain), state
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     state = _empty_state(query, value)
-    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device))
+    shared = plan(query.shape[0] * heads, queries, keys, processors(query.device))
     if shared is None:
-        tensors = (*_strided(query, key, value), *_mask(keep), *_strided(out), *state)
+        tensors = (*strided(query, key, value), *mask_arguments(keep), *strided(out), *state)
         _launch(forward_kernel, query, value, 1, *tensors, scale, heads, queries, keys, MASKED=keep is not None)
     else:
         _reduce(key, value, keep, state, scale, keys, shared.reduce, centred=True)
-        _stream(query, state.M, None, state.vbar, None, out, shared.stream, transposed=False)
+        stream(query, state.M, None, state.vbar, None, out, shared.stream, transposed=False)
     return out, state
 
 
@@ -102,17 +74,17 @@ def backward(
     state = AffineState(*(t.contiguous() for t in state))
     # All three gradients of a wide head in one kernel would not fit its registers.
     wide = max(query.shape[3], value.shape[3]) > NARROW
-    shared = plan(query.shape[0] * heads, queries, keys, _processors(query.device), divide=wide)
+    shared = plan(query.shape[0] * heads, queries, keys, processors(query.device), divide=wide)
     if shared is None:
-        tensors = (*_strided(grad, query, key, value), *_mask(keep), *_strided(d_query, d_key, d_value), *state)
+        tensors = (*strided(grad, query, key, value), *mask_arguments(keep), *strided(d_query, d_key, d_value), *state)
         _launch(backward_kernel, query, value, 1, *tensors, scale, heads, queries, keys, MASKED=keep is not None)
     else:
         # Nothing is centred here: the place of kbar stays empty, and that of vbar takes sum dZ / n.
         d_state = _empty_state(query, value)
         _reduce(query, grad, keep, d_state, scale, keys, shared.reduce, centred=False)
-        _stream(grad, state.M, None, None, None, d_query, shared.stream, transposed=True)
-        _stream(value, d_state.M, state.vbar, None, keep, d_key, shared.stream, transposed=True)
-        _stream(key, d_state.M, state.kbar, d_state.vbar, keep, d_value, shared.stream, transposed=False)
+        stream(grad, state.M, None, None, None, d_query, shared.stream, transposed=True)
+        stream(value, d_state.M, state.vbar, None, keep, d_key, shared.stream, transposed=True)
+        stream(key, d_state.M, state.kbar, d_state.vbar, keep, d_value, shared.stream, transposed=False)
     return d_query, d_key, d_value
 
 
@@ -149,18 +121,18 @@ def _reduce(
     size = triton.cdiv(width * other + width + other + 1, 4) * 4  # records begin where 16-byte stores can
     records = x.new_empty(x.shape[0] * heads * chunks * size, dtype=torch.float32)
     hidden = keep if centred else None
-    tensors = (*_strided(x, y), *_mask(hidden), records)
+    tensors = (*strided(x, y), *mask_arguments(hidden), records)
     flags = {"SIZE": size, "CENTRED": centred, "MASKED": hidden is not None}
     _launch(reduce_kernel, x, y, chunks, *tensors, heads, tokens, chunk, **flags)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         combine_kernel[x.shape[0] * heads, triton.cdiv(width * other, ENTRIES)](
-            *(records, *_mask(keep), *state, scale, heads, keys, chunks),
+            *(records, *mask_arguments(keep), *state, scale, heads, keys, chunks),
             SIZE=size, WX=width, WY=other, ENTRIES=ENTRIES, TOGETHER=TOGETHER, CENTRED=centred, MASKED=keep is not None,
             enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _stream(
+def stream(
     x: Tensor,
     matrices: Tensor,
     offset: Tensor | None,
@@ -173,7 +145,7 @@ def _stream(
 ) -> None:
     """Out = bias + (x - offset) matrix, for every head and chunk of tokens; 0 where `keep` says padding."""
     heads, tokens = x.shape[1], x.shape[2]
-    tensors = (*_strided(x), matrices, offset, bias, *_mask(keep), *_strided(out))
+    tensors = (*strided(x), matrices, offset, bias, *mask_arguments(keep), *strided(out))
     flags = {"TRANSPOSED": transposed, "SHIFTED": offset is not None, "BIASED": bias is not None}
     chunks = triton.cdiv(tokens, chunk)
     _launch(stream_kernel, x, out, chunks, *tensors, heads, tokens, chunk, **flags, MASKED=keep is not None)
@@ -191,23 +163,8 @@ def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **c
         )  # fmt: skip
 
 
-def _strided(*tensors: Tensor) -> tuple[Tensor | tuple[int, ...], ...]:
-    """Return every tensor followed by its strides, as the kernels take them."""
-    return tuple(item for t in tensors for item in (t, t.stride()))
-
-
-def _mask(keep: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    return (None, (0, 1)) if keep is None else (keep.view(torch.uint8), keep.stride())
-
-
 def _empty_state(query: Tensor, value: Tensor) -> AffineState:
     """Return M (B, H, D, Dv), kbar (B, H, 1, D) and vbar (B, H, 1, Dv), not yet written."""
     batch, heads, _, width = query.shape
     sizes = ((width, value.shape[3]), (1, width), (1, value.shape[3]))
     return AffineState(*(query.new_empty(batch, heads, *size, dtype=torch.float32) for size in sizes))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
