@@ -143,18 +143,24 @@ def linear(
     "float": F.linear on the decoded weight. "int8": the exact sum of integers times powers of two, rounded to float32
     once, times the token's scale, plus the bias. "float8": the same on E4M3 values, with sums in float32.
     """
-    width = input.shape[-1]
+    dtype = weight_dtype(input.dtype, activations)
+    return linear_by(input, decoded(codes, exponent, input.shape[-1], bits, variant, dtype), bias, activations)
+
+
+def weight_dtype(dtype: torch.dtype, activations: str) -> torch.dtype:
+    """Return the dtype that inputs of `dtype` are multiplied in."""
+    if activations == "int8":
+        # In units of a channel's least power the sum stays below 127 2^30 in: float64 holds it exactly to in = 2^16.
+        return torch.float64
+    return torch.float32 if activations == "float8" and dtype != torch.float64 else dtype
+
+
+def linear_by(input: Tensor, weight: Tensor, bias: Tensor | None, activations: str) -> Tensor:
+    """Return the layer's output by a decoded weight (out, in) in the `weight_dtype` of the input."""
     if activations == "float":
-        return F.linear(input, decoded(codes, exponent, width, bits, variant, input.dtype), bias)
+        return F.linear(input, weight, bias)
     values, scale = quantize_tokens(input, activations)
-    # In units of a channel's least power the sum stays below 127 2^30 in: float64 holds it exactly up to in = 2^16.
-    dtype = torch.float64 if activations == "int8" else scale.dtype
     with without_autocast(input):
-        sums = F.linear(values.to(dtype), decoded(codes, exponent, width, bits, variant, dtype))
-    return scaled(sums, scale, bias, input.dtype)
-
-
-def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return sums * scale + bias in `dtype`, each step rounded to the dtype of `scale`."""
+        sums = F.linear(values.to(weight.dtype), weight)
     out = sums.to(scale.dtype) * scale
-    return (out if bias is None else out + bias).to(dtype)
+    return (out if bias is None else out + bias).to(input.dtype)

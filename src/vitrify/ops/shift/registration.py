@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrify.ops import gpu
-from vitrify.ops.shift import reference
+from vitrify.ops.shift import cpu, reference
 
 NAME = "vitrify::shift_linear"
 
@@ -27,6 +27,13 @@ def _(
     input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
     return reference.linear(input, codes, exponent, bias, bits, variant, activations)
+
+
+@torch.library.impl(NAME, "cpu")
+def _(
+    input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
+) -> Tensor:
+    return cpu.linear(input, codes, exponent, bias, bits, variant, activations)
 
 
 @torch.library.impl(NAME, "cuda")
