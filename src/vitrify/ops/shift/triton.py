@@ -1,0 +1,280 @@
+"""Shift layers on the GPU: which kernels run, on how many programs. README.md says what is exact.
+
+Nothing is tuned at run time: the plan follows from the shapes and the number of processors, so that the same call
+gives the same bits. Nothing reads a value back from the GPU, so a CUDA graph can hold every path.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrify.ops import gpu
+from vitrify.ops.shift import reference
+from vitrify.ops.shift.triton_kernels import combine_kernel, decode_kernel, multiply_kernel, quantize_kernel
+
+# Up to this many tokens codes are decoded in registers, above it in memory. Derived for an H100, not yet measured, in
+# clocks per weight of one multiprocessor. Decoding takes 4.5 instructions, 0.035 clocks, for each tile of 128 tokens,
+# whose product takes 0.0625; cuBLAS's larger tiles are assumed to reach 70 % of the peak, and these 60 % of that.
+# Together, what is lost to cuBLAS is 0.0007 clocks per token. Decoding in memory moves 2.5 bytes per weight, 0.17
+# clocks at 3.35 TB/s, and takes a launch of 2 us, 0.2 clocks for the 2.4 million weights of a ViT-B's fc1.
+# 0.37 / 0.0007 = 530.
+MOST_TOKENS = 512
+# Tile shapes: output channels, the most tokens (float32 is multiplied three times), the most inputs of a step, and the
+# most bytes of inputs of a step, so that four steps fit the 100 KB that every GPU since compute capability 8.0 has.
+BLOCK_OUT, BLOCK_TOKENS, BLOCK_TOKENS_FLOAT32, BLOCK_IN, STEP_BYTES = 64, 128, 64, 128, 2**14
+STAGES = 4
+# What dividing the inputs between programs saves and costs in microseconds, for an H100 again: a step (450
+# instructions of each of 4 warps, 0.25 us, of which other programs hide a part); one more launch; partial sums, which
+# cross 3 TB/s twice.
+STEP_US, LAUNCH_US, BYTES_PER_US = 0.2, 2.0, 3e6
+# Codes of a row that a program of the decoder takes, inputs that one of the rounding takes at a time, and channels of
+# a token that one of the joining kernel takes.
+BLOCK_DECODED, BLOCK_ROUNDED, BLOCK_COMBINED = 1024, 1024, 512
+# torch's FP8 and INT8 products take multiples of this many inputs and outputs.
+ALIGNMENT = 16
+# What products are made of, by the type of the inputs; a float32 is the sum of three bfloat16.
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.int8: tl.int8,
+}
+
+
+class Plan(NamedTuple):
+    """How to multiply with codes in registers: a tile's tokens, the inputs of a step, and the steps of a program."""
+
+    block_tokens: int
+    block_in: int
+    steps: int
+
+
+@functools.lru_cache(4096)
+def plan(tokens: int, width: int, channels: int, item_bytes: int, processors: int) -> Plan:
+    """Return the tiles for (tokens, width) inputs of `item_bytes` each and `channels` outputs.
+
+    The inputs are divided between programs where that shortens the chain of steps by more than joining them costs.
+    """
+    most = BLOCK_TOKENS_FLOAT32 if item_bytes == 4 else BLOCK_TOKENS
+    block_tokens = min(max(triton.next_power_of_2(tokens), 16), most)
+    block_in = min(BLOCK_IN, STEP_BYTES // (block_tokens * item_bytes))
+    if width % block_in and width % 64 == 0:
+        block_in = 64  # without masks
+    steps: int = triton.cdiv(width, block_in)
+    tiles: int = triton.cdiv(tokens, block_tokens) * triton.cdiv(channels, BLOCK_OUT)
+
+    def cost(chunks: int) -> float:
+        join: float = LAUNCH_US + 8 * chunks * tokens * channels / BYTES_PER_US
+        return -(-steps // chunks) * STEP_US + (join if chunks > 1 else 0.0)
+
+    chunks: int = min(range(1, max(1, min(processors // tiles, steps)) + 1), key=cost)
+    return Plan(block_tokens, block_in, triton.cdiv(steps, chunks))
+
+
+def power_shift(bits: int, variant: str, kind: torch.dtype) -> int | None:
+    """Return c, where weights over 2^(E + c) of their channel are exact in `kind`, E4M3 or int8; None: they are not.
+
+    E4M3 has 18 powers of two, 2^-9 to 2^8: room for 5 bits, not for the 31 or 32 powers of 6. int8 has 7 with both
+    signs, 1 to 64: room for the 4 bits of "ps", not for the 8 powers of "q".
+    """
+    top = reference.top_level(bits)
+    if kind == torch.float8_e4m3fn:
+        return {3: 0, 4: 0, 5: -8}.get(bits)
+    lowest = reference.lowest_level(variant)
+    return lowest - top if top - lowest < 7 else None
+
+
+def linear(
+    input: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    activations: str,
+) -> Tensor:
+    """Return what `reference.linear` does, by one of three paths that the shapes and the device pick.
+
+    latency     up to MOST_TOKENS tokens: the codes are decoded in registers, as the left operand of the tensor cores,
+                so that 4 bits per weight are read. Sums are float32 (float32 inputs too: no TF32 but exact products).
+                For few output tiles the inputs are divided between programs, joined in a fixed order by a second launch
+    throughput  "float8" and "int8", more tokens: tokens are rounded by a kernel, weights decoded to E4M3 or int8, which
+                hold them exactly, and multiplied by torch's scaled or integer product. It can tie FP8 or INT8
+                multiplication and never beat it: that is what it runs
+    exact       "float", more tokens, and float64: the codes are decoded to the input's dtype, for cuBLAS. The bits of
+                F.linear
+
+    "float8" where E4M3 does not hold the weights (6 bits), or the GPU has none (below compute capability 8.9), takes
+    E4M3 values in bfloat16 through the first path, at any number of tokens. The plain formula stays for: "int8" codes
+    of more than 7 levels, quantised float64, and empty tensors.
+    """
+    tokens, channels = input.numel() // max(input.shape[-1], 1), codes.shape[0]
+    wide = input.dtype == torch.float64
+    kind = torch.int8 if activations == "int8" else torch.float8_e4m3fn
+    shift = 0 if activations == "float" else power_shift(bits, variant, kind)
+    plain = tokens * channels * input.shape[-1] == 0 or (activations != "float" and wide)
+    if plain or (activations == "int8" and shift is None):
+        return reference.linear(input, codes, exponent, bias, bits, variant, activations)
+    codes, exponent, bias = _adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
+    if activations == "float" and (wide or tokens > MOST_TOKENS):
+        return F.linear(input, decoded(codes, exponent, input.shape[-1], bits, variant, input.dtype), bias)
+    rows = _adjacent(input.reshape(-1, input.shape[-1]))
+    if activations == "float":
+        out = _multiply(rows, codes, exponent, None, bias, bits, variant, None, rows.shape[1], input.dtype)
+    else:
+        if kind == torch.float8_e4m3fn and (shift is None or not _has_e4m3(input.device)):
+            kind, shift = torch.bfloat16, None
+        out = _quantized(rows, codes, exponent, bias, bits, variant, kind, shift)
+    return out.view(*input.shape[:-1], channels)
+
+
+def decoded(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, width) of packed codes in `dtype`: `reference.decoded` in one launch."""
+    if codes.shape[0] * width == 0:
+        return reference.decoded(codes, exponent, width, bits, variant, dtype)
+    return _decode(_adjacent(codes), exponent.contiguous(), None, width, width, bits, variant, dtype, 0)
+
+
+def quantize_tokens(rows: Tensor, kind: torch.dtype, padded: int, largest: int) -> tuple[Tensor, Tensor]:
+    """Return the values (tokens, padded) of `kind` and scales (tokens,) of `reference.quantize_tokens`, in one launch.
+
+    rows: (tokens, width) with adjacent inputs. kind bfloat16 holds the values of E4M3. Values are 0 beyond `width`.
+    """
+    values = rows.new_empty(rows.shape[0], padded, dtype=kind)
+    scale = rows.new_empty(rows.shape[0], dtype=torch.float32)
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        quantize_kernel[rows.shape[0],](
+            rows, rows.stride(0), values, scale, rows.shape[1], padded,
+            LARGEST=largest, INTEGER=kind == torch.int8, BLOCK=BLOCK_ROUNDED, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return values, scale
+
+
+def _quantized(
+    rows: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    kind: torch.dtype,
+    shift: int | None,
+) -> Tensor:
+    """Round the tokens to `kind` and multiply: `shift` is None where the weights are decoded to bfloat16."""
+    (tokens, width), channels = rows.shape, codes.shape[0]
+    padded = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
+    values, scale = quantize_tokens(rows, kind, padded, reference.LARGEST["int8" if kind == torch.int8 else "float8"])
+    if shift is None or tokens <= MOST_TOKENS or channels % ALIGNMENT:
+        return _multiply(values, codes, exponent, scale, bias, bits, variant, shift, width, rows.dtype)
+    powers = scale.new_empty(1, channels)
+    weight = _decode(codes, exponent, powers, width, padded, bits, variant, kind, shift)
+    if kind == torch.int8:
+        sums = torch._int_mm(values, weight.t())
+    elif rows.dtype == torch.bfloat16:
+        # Scales of rows and columns are taken for this dtype only.
+        return torch._scaled_mm(
+            values, weight.t(), scale[:, None], powers, bias, out_dtype=torch.bfloat16, use_fast_accum=False
+        )
+    else:
+        one = torch.ones((), device=rows.device)
+        sums = torch._scaled_mm(values, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
+    return _combine(sums[None], exponent, scale, bias, shift, rows.dtype)
+
+
+def _multiply(
+    rows: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    shift: int | None,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply with codes in registers; the weights are over 2^(E + shift), or whole if that is None."""
+    tokens, channels = rows.shape[0], codes.shape[0]
+    tile = plan(tokens, width, channels, rows.element_size(), _processors(rows.device))
+    chunks = triton.cdiv(width, tile.block_in * tile.steps)
+    out = rows.new_empty(tokens, channels, dtype=dtype)
+    partial = out
+    if chunks > 1:
+        partial = rows.new_empty(
+            chunks, tokens, channels, dtype=torch.int32 if rows.dtype == torch.int8 else torch.float32
+        )
+    kind = TYPES[rows.dtype]
+    # The interpreter's tl.dot reads bfloat16 as integers.
+    operand = tl.float32 if gpu.interpreting() and kind == tl.bfloat16 else kind
+    grid = (triton.cdiv(tokens, tile.block_tokens) * triton.cdiv(channels, BLOCK_OUT), chunks)
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        multiply_kernel[grid](
+            rows, rows.stride(0), codes, codes.stride(0), exponent, scale, bias, partial,
+            tokens, width, channels, tile.steps,
+            BITS=bits, PS=variant == "ps", KIND=kind, OPERAND=operand, POWERS=shift is not None, SHIFT=shift or 0,
+            SPLIT=chunks > 1, EVEN=width % tile.block_in == 0,
+            BLOCK_OUT=BLOCK_OUT, BLOCK_TOKENS=tile.block_tokens, BLOCK_IN=tile.block_in,
+            num_warps=4, num_stages=STAGES, enable_fp_fusion=False,
+        )  # fmt: skip
+    return _combine(partial, exponent, scale, bias, shift, dtype) if chunks > 1 else out
+
+
+def _combine(
+    partial: Tensor, exponent: Tensor, scale: Tensor | None, bias: Tensor | None, shift: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of partial (chunks, tokens, channels), scaled and biased, in `dtype`."""
+    chunks, tokens, channels = partial.shape
+    out = partial.new_empty(tokens, channels, dtype=dtype)
+    with torch.cuda.device_of(partial):  # type: ignore[no-untyped-call]
+        combine_kernel[tokens, triton.cdiv(channels, BLOCK_COMBINED)](
+            partial, exponent, scale, bias, out, tokens, channels, chunks,
+            POWERS=shift is not None, SHIFT=shift or 0, BLOCK=BLOCK_COMBINED, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def _decode(
+    codes: Tensor,
+    exponent: Tensor,
+    powers: Tensor | None,
+    width: int,
+    padded: int,
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+    shift: int,
+) -> Tensor:
+    """Return weights (channels, padded) in `dtype`; fill `powers`, if given, with what they are to be multiplied by."""
+    weight = codes.new_empty(codes.shape[0], padded, dtype=dtype)
+    with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
+        decode_kernel[codes.shape[0], triton.cdiv(padded, BLOCK_DECODED)](
+            codes, codes.stride(0), exponent, weight, powers, width, padded,
+            BITS=bits, PS=variant == "ps", SHIFT=shift, BLOCK=BLOCK_DECODED, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return weight
+
+
+def _adjacent(matrix: Tensor) -> Tensor:
+    """Return the matrix with rows whose entries are adjacent, copied only if they are not."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+
+
+@functools.cache
+def _has_e4m3(device: torch.device) -> bool:
+    """Say whether the device multiplies E4M3; the interpreter does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
