@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitrify.errors import InputError, UnsupportedError, unknown
 from vitrify.nn.copying import copy_without_hooks
 from vitrify.nn.integer import IntLinear
+from vitrify.nn.mixture_grouped import grouped_forward
 from vitrify.nn.shift import ShiftLinear
 from vitrify.ops.experts import LOADS, Expert, balance_losses, check_alpha, dispatch, route
 from vitrify.ops.tracing import exporting
@@ -64,7 +65,15 @@ class Mixture(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C_out): each token's row is exactly what its expert gives."""
+        """(..., C) -> (..., C_out): each token's row is exactly what its expert gives.
+
+        Deployed on a GPU (eval mode, no gradients, 16 bits), both experts run in one launch: see `mixture_grouped`.
+        """
+        if (grouped := grouped_forward(self, x)) is not None:
+            out, share = grouped
+            self._logits = None
+            self.share.copy_(share)
+            return out
         logits = self.router(x)
         index, gate = route(logits)
         out = dispatch(x, index, list(self.experts().values()))

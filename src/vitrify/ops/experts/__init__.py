@@ -10,10 +10,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrify.errors import InputError
 from vitrify.ops.experts.balance import LOADS, balance_losses, check_alpha
+from vitrify.ops.experts.grouped import Codes, Groups, group_tokens, grouped_linear
 from vitrify.ops.experts.reference import Expert, dense
+from vitrify.ops.experts.registration import kernels_take
 from vitrify.ops.tracing import exporting, fx_leaf
 
-__all__ = ["LOADS", "Expert", "balance_losses", "check_alpha", "dense", "dispatch", "route"]
+__all__ = [
+    "LOADS",
+    "Codes",
+    "Expert",
+    "Groups",
+    "balance_losses",
+    "check_alpha",
+    "dense",
+    "dispatch",
+    "group_tokens",
+    "grouped_linear",
+    "kernels_take",
+    "route",
+]
 
 
 @fx_leaf
@@ -50,11 +65,29 @@ def dispatch(x: Tensor, index: Tensor, experts: Sequence[Expert]) -> Tensor:
     counts = torch.bincount(chosen, minlength=len(experts)).tolist()
     if len(counts) > len(experts):
         raise InputError(f"index {len(counts) - 1} names no expert: there are {len(experts)}, counted from 0")
-    tokens = x.reshape(-1, x.shape[-1]).index_select(0, order)
-    out = torch.cat([expert(part) for expert, part in zip(experts, torch.split(tokens, counts), strict=True)])
+    tokens = x.reshape(-1, x.shape[-1])
+    run = _run_for_gradients if torch.is_grad_enabled() else _run_in_place
+    out = run(tokens, order, counts, experts)
+    return out.reshape(*index.shape, out.shape[-1])
+
+
+def _run_for_gradients(tokens: Tensor, order: Tensor, counts: list[int], experts: Sequence[Expert]) -> Tensor:
+    # One gather before and one after: the backward of rows written in place would copy the whole once per expert.
+    parts = torch.split(tokens.index_select(0, order), counts)
+    out = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
     places = torch.arange(len(order), device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, places)
-    return out.index_select(0, inverse).reshape(*index.shape, out.shape[-1])
+    return out.index_select(0, inverse)
+
+
+def _run_in_place(tokens: Tensor, order: Tensor, counts: list[int], experts: Sequence[Expert]) -> Tensor:
+    # Every result goes to its rows at once: one copy of the whole less, and each part is still in the cache.
+    groups = torch.split(order, counts)
+    first = experts[0](tokens.index_select(0, groups[0]))
+    out = first.new_empty(len(tokens), first.shape[-1]).index_copy_(0, groups[0], first)
+    for expert, rows in zip(experts[1:], groups[1:], strict=True):
+        out.index_copy_(0, rows, expert(tokens.index_select(0, rows)))
+    return out
 
 
 def _symbolic(x: Tensor) -> bool:

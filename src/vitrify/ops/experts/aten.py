@@ -1,0 +1,40 @@
+"""Grouped experts in plain PyTorch: what the registered ops do without the GPU's kernels. Arguments as in triton.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrify.ops.shift.reference import decoded
+
+
+def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens by expert, int32 (T,), and the tokens of each, int32 (2,)."""
+    logits = F.linear(x, weight, bias)
+    goes = logits[:, 1] > logits[:, 0]
+    seconds = goes.sum(dtype=torch.int32)
+    return goes.to(torch.uint8).argsort(stable=True).int(), torch.stack((len(x) - seconds, seconds))
+
+
+def linear(
+    x: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    exponent: Tensor | None,
+    shift_bias: Tensor | None,
+    bits: int,
+    variant: str,
+    gather: bool,
+    scatter: bool,
+) -> Tensor:
+    """Gather, one product per expert, scatter."""
+    if exponent is not None:
+        shift = decoded(shift, exponent, x.shape[1], bits, variant, x.dtype)
+    rows = x.index_select(0, order) if gather else x
+    first, second = torch.split(rows, counts.tolist())
+    out = torch.cat((F.linear(first, weight, bias), F.linear(second, shift, shift_bias)))
+    return torch.empty_like(out).index_copy_(0, order.long(), out) if scatter else out

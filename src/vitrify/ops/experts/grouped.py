@@ -1,0 +1,99 @@
+"""The linear layers of two experts, multiply and shift, on tokens grouped by expert: for deployment, on a GPU.
+
+    groups = group_tokens(x, router.weight, router.bias)
+    hidden = act(grouped_linear(x, groups, *first_layers, gather=True, scatter=False))
+    out = grouped_linear(hidden, groups, *second_layers, gather=False, scatter=True)
+
+Router and grouping take two launches and each linear layer one, for both experts; nothing waits for the GPU.
+`dispatch` is for any experts, any device, and for training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitrify.errors import InputError
+from vitrify.ops.experts.registration import mixture_linear_op, mixture_order_op
+from vitrify.ops.shift.validation import check_exponent, check_format, check_packed
+
+
+class Groups(NamedTuple):
+    """Tokens grouped by expert, in their old order within a group.
+
+    order: int32 (T,), the token at each place. counts: int32 (2,), the tokens of each expert.
+    """
+
+    order: Tensor
+    counts: Tensor
+
+
+class Codes(NamedTuple):
+    """A packed shift weight: codes uint8 (out, bytes), exponent int8 (out,), and their format."""
+
+    codes: Tensor
+    exponent: Tensor
+    bits: int
+    variant: str
+
+
+def group_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Groups:
+    """Route tokens x (T, C) by a router of two experts, weight (2, C) and bias (2,), and group them.
+
+    A token goes to the second expert if its logit is greater, else to the first. On a GPU the logits are summed in
+    another order than the router itself would, and rounded to the dtype of x: close calls may fall otherwise.
+    Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    _check_linear("the router", x, weight, bias)
+    if weight.shape[0] != 2:
+        raise InputError(f"the router has {weight.shape[0]} outputs: tokens are grouped for two experts")
+    return Groups(*mixture_order_op(x, weight, bias))
+
+
+def grouped_linear(
+    x: Tensor,
+    groups: Groups,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | Codes,
+    shift_bias: Tensor | None,
+    *,
+    gather: bool,
+    scatter: bool,
+) -> Tensor:
+    """Multiply the first expert's tokens by `weight`, the second's by `shift`: x (T, C) -> (T, C_out).
+
+    weight (C_out, C); shift: a weight like it, or its codes; bias (C_out,), for both experts or for none. All floats
+    have one dtype. gather: x has the tokens in their own order, else in the groups'. scatter: so has the result.
+    No gradients. Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    _check_linear("the multiplying expert", x, weight, bias)
+    if (bias is None) != (shift_bias is None):
+        raise InputError("one expert has a bias and the other has none: give both or neither")
+    if isinstance(shift, Codes):
+        values, exponent, bits, variant = shift
+        check_format(bits, variant)
+        check_packed(values, x.shape[1], bits)
+        check_exponent(exponent, weight.shape[0], bits, variant, values=False)
+    else:
+        values, exponent, bits, variant = shift, None, 4, "ps"  # bits and variant then mean nothing
+        _check_linear("the shift expert", x, shift, shift_bias)
+    if values.shape[0] != weight.shape[0]:
+        raise InputError(f"the experts have {weight.shape[0]} and {values.shape[0]} outputs: both need as many")
+    if groups.order.shape != x.shape[:1]:
+        raise InputError(f"the groups are of {groups.order.shape[0]} tokens, but x is {tuple(x.shape)}")
+    for name, tensor in (("codes", values), ("exponent", exponent), ("bias", shift_bias), ("groups", groups.order)):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError(f"{name} is on {tensor.device} but x is on {x.device}")
+    return mixture_linear_op(x, *groups, weight, bias, values, exponent, shift_bias, bits, variant, gather, scatter)
+
+
+def _check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise InputError(f"{name} has weight {tuple(weight.shape)}, which does not fit tokens {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"{name} has bias {tuple(bias.shape)} and weight {tuple(weight.shape)}")
+    for tensor in (weight, bias):
+        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")

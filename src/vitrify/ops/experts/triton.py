@@ -1,0 +1,132 @@
+"""Mixtures of two experts on the GPU: which kernels run, on how many programs. README.md has the design.
+
+Nothing is tuned at run time and nothing is read back from the GPU: the launches follow from the shapes and the number
+of processors, so that the same call gives the same bits and a CUDA graph can hold it, whatever the router decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vitrify.ops.experts.triton_kernels import choose_kernel, linear_kernel, place_kernel
+from vitrify.ops.shift.triton import MOST_TOKENS, decoded
+
+# Tokens of a program that computes logits, of one that places tokens, and block counts that the latter adds at a time.
+BLOCK, CHUNK, TOGETHER = 16, 1024, 1024
+# Inputs of a token that a step of the router takes.
+STEP = 256
+# A tile of n tokens takes as long as n + FIXED: what does not shrink with it is the weight's way into shared memory,
+# and the first and last steps of the pipeline. Derived, to be tuned on a GPU.
+FIXED = 64
+
+
+class Tiles(NamedTuple):
+    """A program's tile (tokens, output channels, inputs per step) and its warps."""
+
+    tokens: int
+    columns: int
+    step: int
+    warps: int
+
+
+def tiles(tokens: int, columns: int, processors: int, *, packed: bool) -> Tiles:
+    """Return the tiles for so many tokens of both experts together and output channels.
+
+    The token tile is the one with the shortest time by FIXED: programs run in rounds of one per processor.
+    """
+    width = 64 if packed else 128
+
+    def time(block: int) -> int:
+        programs = _token_tiles(tokens, block) * triton.cdiv(columns, width)
+        return int(triton.cdiv(programs, processors)) * (block + FIXED)
+
+    # Larger tiles of decoded values, or of more channels, leave the registers.
+    best = min((16, 32, 64, 128) if packed else (16, 32, 64, 128, 256), key=time)
+    return Tiles(best, width, 128 if packed and best <= 64 else 64, 4 if packed else 8)
+
+
+def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Route tokens x (T, C) by a router (2, C): return order, int32 (T,), the tokens by expert, and counts, int32 (2,).
+
+    Two launches. Logits are summed in float32 and rounded to the dtype of x before they are compared.
+    """
+    x, weight = _adjacent(x), _adjacent(weight)
+    tokens, width = x.shape
+    blocks = triton.cdiv(tokens, BLOCK)
+    order, counts = x.new_empty(tokens, dtype=torch.int32), x.new_empty(2, dtype=torch.int32)
+    if tokens == 0:
+        return order, counts.zero_()
+    chosen = x.new_empty(tokens, dtype=torch.uint8)
+    chosen_counts = x.new_empty(blocks, dtype=torch.int32)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        choose_kernel[blocks,](
+            x, x.stride(0), weight, weight.stride(0), bias, chosen, chosen_counts, tokens,
+            WIDTH=width, BLOCK=BLOCK, STEP=min(STEP, triton.next_power_of_2(width)), BIASED=bias is not None,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        place_kernel[triton.cdiv(tokens, CHUNK),](
+            chosen, chosen_counts, order, counts, tokens, blocks,
+            BLOCK=BLOCK, CHUNK=CHUNK, TOGETHER=TOGETHER, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return order, counts
+
+
+def linear(
+    x: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    exponent: Tensor | None,
+    shift_bias: Tensor | None,
+    bits: int,
+    variant: str,
+    gather: bool,
+    scatter: bool,
+) -> Tensor:
+    """Both experts' linear layers in one launch; arguments and result as `grouped.grouped_linear`.
+
+    Codes are decoded in registers for up to MOST_TOKENS tokens, as shift layers do; for more, a launch before decodes
+    them in memory, once and not once per tile of tokens.
+    """
+    x, weight, shift = _adjacent(x), _adjacent(weight), _adjacent(shift)
+    (tokens, width), columns = x.shape, weight.shape[0]
+    out = x.new_empty(tokens, columns)
+    if tokens == 0:
+        return out
+    if exponent is not None and tokens > MOST_TOKENS:
+        shift, exponent = decoded(shift, exponent, width, bits, variant, x.dtype), None
+    packed = exponent is not None
+    tile = tiles(tokens, columns, _processors(x.device), packed=packed)
+    grid = (_token_tiles(tokens, tile.tokens) * triton.cdiv(columns, tile.columns),)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        linear_kernel[grid](
+            x, x.stride(0), order, counts, weight, weight.stride(0), bias, shift, shift.stride(0), exponent, shift_bias,
+            out, tokens, width, columns, BITS=bits if packed else 0, PS=packed and variant == "ps", PACKED=packed,
+            WHOLE=width % tile.step == 0, GATHER=gather, SCATTER=scatter, BIASED=bias is not None,
+            BLOCK_M=tile.tokens, BLOCK_N=tile.columns, BLOCK_K=tile.step,
+            num_warps=tile.warps, num_stages=3, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def _token_tiles(tokens: int, block: int) -> int:
+    """Return how many tiles the tokens fill at most: one is lost where the first expert's last tile is part empty."""
+    return int(triton.cdiv(tokens, block)) + 1
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """Return `x` with neighbouring entries of a row next to each other."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
