@@ -266,3 +266,36 @@ def test_float16_is_refused_before_anything_changes():
         small.weight[0, :2] = torch.tensor([1.0, 2.0**-28])
     with pytest.raises(InputError, match=r"2\^-28 would become 0 in float16"):
         nn.Sequential(small.pack_()).half()
+
+
+@pytest.mark.parametrize("activations", ["int8", "float8"])
+def test_rounded_activations_are_trained_as_they_run(activations):
+    source = linear()
+    layer = ShiftLinear.adopt_(copy.deepcopy(source), activations=activations)
+    x = torch.randn(3, 5, 13, generator=generator(1)).requires_grad_()
+    out = layer(x)
+    float_out = ShiftLinear.from_linear(source)[0](x)
+    assert 1e-4 < ((out - float_out).norm() / float_out.norm()).item() < 0.06
+    out.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert layer.weight.grad.abs().sum() > 0
+    assert f"activations='{activations}'" in repr(layer)
+    copied, error = ShiftLinear.from_linear(source, activations=activations)
+    assert (copied.activations, error) == (activations, layer.quantization_error())
+    torch.testing.assert_close(layer.pack_()(x), out, rtol=1e-5, atol=1e-6)
+    half = copy.deepcopy(layer).to(torch.bfloat16)(x.detach().bfloat16())
+    torch.testing.assert_close(half.float(), out, rtol=0.05, atol=0.02)
+
+
+def test_activations_leave_with_the_layer():
+    layer = ShiftLinear.adopt_(linear(), activations="int8")
+    assert type(layer.restore_()) is nn.Linear
+    assert "activations" not in vars(layer)
+    with pytest.raises(InputError, match="unknown activations 'int4'"):
+        ShiftLinear.adopt_(layer, activations="int4")
+    assert type(layer) is nn.Linear
+    expected = ShiftLinear.from_linear(layer)[0]
+    old = ShiftLinear.adopt_(layer)
+    del old.activations  # a layer pickled before there were any
+    x = torch.randn(2, 13, generator=generator(1))
+    assert torch.equal(old(x), expected(x))

@@ -41,14 +41,14 @@ def recall(codes: Tensor, exponent: Tensor, key: Hashable, make: Callable[[], T]
     """Return `make()`, or what it returned for these tensors and this `key`, which says all else that it depends on."""
     if codes.is_inference() or exponent.is_inference():
         return make()  # such tensors do not count their versions
-    # Made in inference_mode, a result could not serve autograd later.
-    with torch.inference_mode(False), torch.no_grad():
-        entry = _entries.get(codes)
-        if entry is None or not entry.fits(codes, exponent):
-            entry = _entries[codes] = _Entry(codes, exponent)
-        if key not in entry.results:
+    entry = _entries.get(codes)
+    if entry is None or not entry.fits(codes, exponent):
+        entry = _entries[codes] = _Entry(codes, exponent)
+    if key not in entry.results:
+        # Made in inference_mode, a result could not serve autograd later.
+        with torch.inference_mode(False), torch.no_grad():
             entry.results[key] = make()
-        result: T = entry.results[key]
+    result: T = entry.results[key]
     return result
 
 

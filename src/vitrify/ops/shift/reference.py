@@ -123,10 +123,12 @@ def quantize_tokens(input: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     normal number (all zeros, or below 6e-36) become zeros of scale 1; a NaN or an inf makes its token's scale one too.
     """
     input = wide(input)
-    scale = input.abs().amax(-1, keepdim=True) / LARGEST[kind]
+    # Without abs(), whose result would be written to memory and read again.
+    largest = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True))
+    scale = largest / LARGEST[kind]
     scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1)
     values = input / scale
-    return (values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)), scale
+    return (values.round_().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)), scale
 
 
 def linear(
