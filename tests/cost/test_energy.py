@@ -251,6 +251,7 @@ def test_nothing_to_do_costs_nothing_and_the_unknown_is_carried():
     assert result.unknown == {"grid_sample": 3}
     assert "charged nothing, as no rule knows them: grid_sample" in str(result)
     assert "INT8 multiply" in str(result)
+    assert "of 192 PEs, um2: FP32 multiply 11,884, BF16 multiply" in str(result)
 
 
 def test_deit_base_takes_seconds_from_cold_caches_and_equal_layers_are_searched_once():

@@ -182,3 +182,10 @@ def test_arguments_that_are_wrong(arguments, message):
     model = timm.create_model("deit_tiny_patch16_224", depth=1)
     with pytest.raises(InputError, match=message):
         workload(model, **arguments)
+
+
+def test_a_name_is_not_a_model():
+    with pytest.raises(
+        InputError, match=r"model must be a torch\.nn\.Module, not str: vitrify\.create_model builds one"
+    ):
+        workload("deit_tiny_patch16_224")

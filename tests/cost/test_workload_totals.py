@@ -17,7 +17,30 @@ import vitrify
 from vitrify import Recipe, workload
 from vitrify.convert import AttentionSpec
 
-MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0", "levit_128s", "mobilevit_xxs")
+# A family each; those that the trace takes longest for are left to `make test-all`.
+MODELS = (
+    "deit_tiny_patch16_224",
+    "pvt_v2_b0",
+    "levit_128s",
+    "mobilevit_xxs",
+    "efficientformer_l1",
+    "mixer_s32_224",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            "beit_base_patch16_224",
+            "coat_tiny",
+            "convnext_tiny",
+            "eva02_tiny_patch14_224",
+            "hiera_tiny_224",
+            "maxvit_tiny_tf_224",
+            "resnet50",
+            "swin_tiny_patch4_window7_224",
+            "twins_svt_small",
+            "xcit_tiny_12_p16_224",
+        )
+    ),
+)
 
 
 def build(name: str, **kwargs: object) -> tuple[nn.Module, tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """IntLinear equals an integer layer written with real integers, and trains straight through."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -82,6 +83,11 @@ def test_rows_of_zeros_and_empty_inputs():
     layer = IntLinear.adopt_(linear())
     assert torch.equal(layer(torch.zeros(2, 24)), layer.bias.expand(2, 7))
     assert layer(torch.zeros(0, 24)).shape == (0, 7)
+
+
+def test_without_values_there_is_no_error_to_state():
+    layer = IntLinear.adopt_(nn.Linear(4, 4, device="meta"))
+    assert math.isnan(layer.quantization_error())
 
 
 def test_a_token_does_not_depend_on_its_neighbours():

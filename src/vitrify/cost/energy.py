@@ -91,7 +91,7 @@ class Energy:
         return sum(operation.split.total_pj for operation in self.operations if operation.kind == "vector")
 
     def __str__(self) -> str:
-        """The split, and pJ per product of each group with every contender, in plain text."""
+        """The split, pJ per product of each group with every contender, and their areas, in plain text."""
         total = self.total
         parts = ", ".join(f"{name} {100 * part / (total.total_pj or 1):.0f} %" for name, part in vars(total).items())
         groups = max([len(row.group) for row in self.compare], default=0)
@@ -104,6 +104,8 @@ class Energy:
         for row in self.compare:
             cells = (f"{value / (row.macs or 1):{len(name)}.2f}" for name, value in row.pj.items())
             lines.append("  ".join([f"{row.group:{groups}}", *cells]))
+        areas = ", ".join(f"{name} {area:,.0f}" for name, area in self.area_um2.items())
+        lines.append(f"area of the operation unit of each of {self.pes} PEs, um2: {areas}")
         if self.unknown:
             lines.append(f"charged nothing, as no rule knows them: {', '.join(self.unknown)}")
         return "\n".join(lines)

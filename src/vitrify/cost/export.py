@@ -12,8 +12,9 @@ from vitrify.cost.graph import Operation, Workload
 
 
 def to_scalesim(workload: Workload) -> str:
-    """Return SCALE-Sim's topology in its GEMM form, a row "name, M, N, K," per product; run it with `-i gemm`.
+    """Return SCALE-Sim's topology in its GEMM form, a row "name, M, N, K," per product.
 
+    Run it with `-i gemm` and, as SCALE-Sim 3 wants one, a layout file (`-l`) with nothing but a header line.
     SCALE-Sim has no count: each head's product, and each group's of a convolution, has a row of its own, so that its
     totals are the model's. It knows no primitives and no widths either.
     """
@@ -34,6 +35,9 @@ def to_zigzag(workload: Workload) -> str:
     I is the left operand and W the right, also where both are activations. ZigZag's nodes are products only, so an
     operand's source is the last product that it depends on; an operand that no product made names its own layer, which
     is how ZigZag writes a constant.
+
+    ZigZag finds no mapping for operands that are wider than the machine's registers: its example machines have 8 bits,
+    and 16 for sums.
     """
     numbers: dict[str, int] = {}
     sources: dict[str, int] = {}

@@ -53,6 +53,10 @@ def workload(
     """
     if taylor not in get_args(TaylorForm):
         raise unknown("taylor form", str(taylor), get_args(TaylorForm))
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}: vitrify.create_model builds one"
+        )
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InputError(f"batch_size must be a positive whole number, not {batch_size!r}")
     if example_inputs is None:

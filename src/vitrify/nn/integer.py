@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrify.errors import InputError, UnsupportedError
 from vitrify.ops.autocast import without_autocast
+from vitrify.ops.shift.validation import has_values
 
 BITS = (4, 8)
 ACTIVATION_BITS = 8
@@ -48,7 +49,12 @@ class IntLinear(nn.Linear):
 
     @torch.no_grad()
     def quantization_error(self) -> float:
-        """Return the relative Frobenius error of the weight, |decoded - weight| / |weight|; 0 for a zero weight."""
+        """Return the relative Frobenius error of the weight, |decoded - weight| / |weight|; 0 for a zero weight.
+
+        NaN on meta, where there are no values.
+        """
+        if not has_values(self.weight):
+            return float("nan")
         weight = self.weight.double()
         error = (fake_quantise(weight, self.bits) - weight).norm() / weight.norm().clamp_min(torch.finfo().tiny)
         return float(error)
