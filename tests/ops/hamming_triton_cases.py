@@ -13,7 +13,8 @@ import torch
 from taylor_inputs import padding, scattered
 from torch import Tensor
 
-from vitrify.ops import hamming_attention
+from vitrify.nn.hamming import Hamming
+from vitrify.ops import gpu, hamming_attention
 from vitrify.ops.hamming import aten, bits, triton
 from vitrify.ops.hamming.aten import Code
 from vitrify.ops.launch import Plan
@@ -209,3 +210,28 @@ def test_backend_triton_with_gradients(out_dtype):
         results.append([out, *torch.autograd.grad((out * out.detach().sign()).sum(), leaves)])
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("form", ["published", "taylor"])
+@pytest.mark.parametrize("codes", ["binary", "sign"])
+@pytest.mark.parametrize("binariser", ["learned", "token_mean", "ksh"])
+def test_the_core_moves_bits_in_inference(form, codes, binariser, monkeypatch):
+    monkeypatch.setattr(gpu, "available", lambda device: True)  # on a CPU the op then interprets the kernels
+    core = Hamming(2, 24, codes=codes, binariser=binariser, form=form)
+    query, key, value = (torch.randn(1, 2, 40, 24, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    core.calibrate_(query, key, scale=0.2)
+    mask = padding(1, 40).to(DEVICE)
+    core, tensors = core.to(DEVICE), [t.to(DEVICE) for t in (query, key, value)]
+    plain = core(*tensors, mask, scale=0.2)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        moved = core(*tensors, mask, scale=0.2)
+    assert "vitrify::threshold_bits" in {event.name for event in profile.events()}
+    torch.testing.assert_close(moved, plain, rtol=1e-5, atol=1e-6)
+    # Codes that carry gradients come through as numbers, to the kernels' backward.
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    found = torch.autograd.grad(core(*leaves, mask, scale=0.2).square().sum(), leaves, allow_unused=True)
+    monkeypatch.setattr(gpu, "available", lambda device: False)
+    expected = torch.autograd.grad(core(*leaves, mask, scale=0.2).square().sum(), leaves, allow_unused=True)
+    for a, e in zip(found, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)

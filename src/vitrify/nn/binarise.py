@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrify.errors import InputError, unknown
+from vitrify.ops.hamming import threshold_bits
 from vitrify.ops.tracing import exporting, fx_leaf
 
 Codes = Literal["binary", "sign"]
@@ -56,6 +57,11 @@ class Binariser(nn.Module):
         """Return the codes; shapes at the top of this file."""
         raise NotImplementedError
 
+    def packed(self, x: Tensor) -> Tensor:
+        """Return the codes of x (B, H, N, D) as bits, uint8 (B, H, N, ceil(code_dim / 8)); they carry no gradient."""
+        code: Tensor = self(x)
+        return threshold_bits(code, code.new_zeros(()))
+
     def fit_(self, query: Tensor, key: Tensor, key_binariser: Binariser | None = None) -> None:
         """Fit to samples (B, H, N, D) of queries and keys: `self` to both, or only to queries if keys have their own.
 
@@ -94,6 +100,10 @@ class LearnedThreshold(Binariser):
         """Return the codes of x (B, H, N, D), same shape; raises InputError for other heads or channels."""
         return binarise(x, self.threshold, self.codes)
 
+    def packed(self, x: Tensor) -> Tensor:
+        """Return the codes of x as bits, in one pass over x on a GPU."""
+        return threshold_bits(x, self.threshold)
+
     @torch.no_grad()
     def fit_(self, query: Tensor, key: Tensor, key_binariser: Binariser | None = None) -> None:
         """Set the keys' thresholds (a shared one too) to the keys' mean, the queries' to 0.
@@ -120,6 +130,10 @@ class TokenMean(Binariser):
     def forward(self, x: Tensor) -> Tensor:
         """Return the codes of x (B, H, N, D), same shape."""
         return binarise(x, x.mean(-1, keepdim=True), self.codes)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Return the codes of x as bits, in one pass over x and its means on a GPU."""
+        return threshold_bits(x, x.mean(-1, keepdim=True))
 
     def additions(self, num_tokens: int) -> int:
         """Return the additions of one head: the mean's and the comparisons."""

@@ -13,13 +13,13 @@ from vitrify.errors import InputError, UnsupportedError, unknown
 from vitrify.nn.binarise import Binariser, Codes, LearnedThreshold, TokenMean
 from vitrify.nn.cores import Core, Dropout
 from vitrify.nn.kernel_hash import KSH
-from vitrify.ops import hamming_attention
+from vitrify.ops import gpu, hamming_attention
 from vitrify.ops.autocast import without_autocast
 from vitrify.ops.hamming import Order
 from vitrify.ops.hamming.validation import check_mask
 from vitrify.ops.taylor.aten import accumulate_dtype
 from vitrify.ops.taylor.reference import select
-from vitrify.ops.tracing import fx_leaf
+from vitrify.ops.tracing import exporting, fx_leaf
 
 BinariserName = Literal["learned", "token_mean", "ksh"]
 Form = Literal["published", "taylor"]
@@ -96,14 +96,28 @@ class Hamming(Core):
             )
         if bias is not None and self.bias != "drop":
             raise UnsupportedError("a bias on the logits has no code: set bias='drop', or keep this layer's softmax")
-        query_code, key_code = self.query_binariser(query), self._of_keys(key)
+        if self._moves_bits(query):
+            keys = self.query_binariser if self.key_binariser is None else self.key_binariser
+            query_code, key_code = self.query_binariser.packed(query), keys.packed(key)
+        else:
+            query_code, key_code = self.query_binariser(query), self._of_keys(key)
+        bits = self.query_binariser.code_dim, self.query_binariser.codes
         if self.gain is None:
-            return published_form(query_code, key_code, value, attn_mask, self.order)
-        return taylor_form(query_code, key_code, value, attn_mask, self.gain, self.order)
+            return published_form(query_code, key_code, value, attn_mask, self.order, *bits)
+        return taylor_form(query_code, key_code, value, attn_mask, self.gain, self.order, *bits)
 
     def _of_keys(self, key: Tensor) -> Tensor:
         code: Tensor = (self.query_binariser if self.key_binariser is None else self.key_binariser)(key)
         return code
+
+    def _moves_bits(self, query: Tensor) -> bool:
+        """Say whether codes travel as bits: on a GPU with the kernels, where nobody asks for gradients or a graph."""
+        return (
+            self.order == "linear"
+            and not exporting(query)
+            and not torch.is_grad_enabled()
+            and gpu.available(query.device)
+        )
 
     @torch.no_grad()
     def calibrate_(self, query: Tensor, key: Tensor, *, scale: float) -> Tensor:
@@ -198,9 +212,15 @@ def calibrate_codes_(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 @fx_leaf
 def published_form(
-    query_code: Tensor, key_code: Tensor, value: Tensor, attn_mask: Tensor | None, order: Order
+    query_code: Tensor,
+    key_code: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    order: Order,
+    code_dim: int | None = None,
+    codes: Codes = "binary",
 ) -> Tensor:
-    """Return V/2 + 1/pi C_q C_k^T V, each row of each head scaled to length 1; shapes as in `hamming_attention`."""
+    """Return V/2 + 1/pi C_q C_k^T V, each row of each head scaled to length 1; arguments as in `hamming_attention`."""
     queries, keys = query_code.shape[2], value.shape[2]
     if queries != keys:
         raise UnsupportedError(
@@ -208,22 +228,32 @@ def published_form(
             "remove the spatial reduction first"
         )
     wide = accumulate_dtype(value.dtype)
-    sums = hamming_attention(query_code, key_code, value, attn_mask, order=order, out_dtype=wide)
+    sums = hamming_attention(
+        query_code, key_code, value, attn_mask, order=order, out_dtype=wide, code_dim=code_dim, codes=codes
+    )
     return F.normalize(value.to(wide) / 2 + sums / math.pi, dim=-1, eps=SHORTEST).to(value.dtype)
 
 
 @fx_leaf
 def taylor_form(
-    query_code: Tensor, key_code: Tensor, value: Tensor, attn_mask: Tensor | None, gain: Tensor, order: Order
+    query_code: Tensor,
+    key_code: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    gain: Tensor,
+    order: Order,
+    code_dim: int | None = None,
+    codes: Codes = "binary",
 ) -> Tensor:
-    """Return vbar + gain/n C_q C_k^T (V - vbar), over the n valid keys; shapes as in `hamming_attention`."""
+    """Return vbar + gain/n C_q C_k^T (V - vbar), over the n valid keys; arguments as in `hamming_attention`."""
     keep = check_mask(attn_mask, value)
     wide = accumulate_dtype(value.dtype)
-    query_code, key_code = query_code.to(wide), key_code.to(wide)
+    query_code, key_code = (c.to(wide) if c.is_floating_point() else c for c in (query_code, key_code))
     with without_autocast(value):
         _, valid, n = select(keep, value.to(wide), value.to(wide))
         vbar = valid.sum(-2, keepdim=True) / n
-        sums = hamming_attention(query_code, key_code, valid - vbar, attn_mask, order=order)
+        centred = valid - vbar
+        sums = hamming_attention(query_code, key_code, centred, attn_mask, order=order, code_dim=code_dim, codes=codes)
         return (vbar + sums * (gain.to(wide) / n)).to(value.dtype)
 
 

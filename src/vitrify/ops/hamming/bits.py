@@ -22,7 +22,7 @@ def words(code_dim: int) -> int:
 def pack_bits(code: Tensor) -> Tensor:
     """Return the bits of codes (..., D), of any dtype, as uint8 (..., ceil(D / 8)): 1 where a code is above 0."""
     dim = code.shape[-1]
-    bits = F.pad(code > 0, (0, -dim % 8)).view(*code.shape[:-1], words(dim), 8)
+    bits = F.pad((code > 0).to(torch.uint8), (0, -dim % 8)).view(*code.shape[:-1], words(dim), 8)
     places = torch.arange(8, dtype=torch.uint8, device=code.device)
     packed: Tensor = (bits << places).sum(-1, dtype=torch.uint8)
     return packed

@@ -27,8 +27,8 @@ from vitrify.ops.taylor.triton import stream
 MAX_WIDTH = 128
 # Columns of V per program.
 COLUMNS = 64
-# Tokens per step, and per program that packs.
-BLOCK = 64
+# Tokens per program that packs.
+PACKED = 64
 # Entries of a matrix per program, and records per step, when the parts of a head are joined.
 ENTRIES, TOGETHER = 256, 8
 # The format that carries codes and the parts of float32 numbers. The interpreter's tl.dot does not know bfloat16; in
@@ -98,8 +98,8 @@ def threshold_bits(x: Tensor, threshold: Tensor) -> Tensor:
         return bits.threshold_bits(x, threshold)
     out = x.new_empty(batch, heads, tokens, bits.words(width), dtype=torch.uint8)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        pack_kernel[batch * heads, triton.cdiv(tokens, BLOCK)](
-            *strided(x, threshold.expand_as(x), out), heads, tokens, W=width, C=_padded(width), BLOCK=BLOCK,
+        pack_kernel[batch * heads, triton.cdiv(tokens, PACKED)](
+            *strided(x, threshold.expand_as(x), out), heads, tokens, W=width, C=_padded(width), BLOCK=PACKED,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -156,10 +156,13 @@ def _launch(kernel: Any, like: Tensor, code: Code, chunks: int, *arguments: Any,
     """Run `kernel` with one program per head of `like`, chunk and COLUMNS of its columns."""
     width = like.shape[3]
     padded, columns = _padded(code.dim), min(COLUMNS, _padded(width))
+    # What each shape takes is in benchmarks/compile_report.md; nothing spills.
+    single = like.dtype == torch.float32
     with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         kernel[like.shape[0] * like.shape[1], chunks, triton.cdiv(width, columns)](
-            *arguments, OPERAND=OPERAND, WX=code.dim, WY=width, CX=padded, BY=columns, BLOCK=BLOCK,
-            SIGNED=code.signed, MASKED=MASKED, num_warps=4, num_stages=2, enable_fp_fusion=True,
+            *arguments, OPERAND=OPERAND, WX=code.dim, WY=width, CX=padded, BY=columns, BLOCK=32 if single else 64,
+            SIGNED=code.signed, MASKED=MASKED, num_warps=8 if single or padded > COLUMNS else 4, num_stages=2,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

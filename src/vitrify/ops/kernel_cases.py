@@ -1,0 +1,121 @@
+"""The launches of every GPU kernel that are compiled ahead of time, by the tests and by tools/compile_report.py.
+
+A primitive registers a function here that yields cases; a case calls the primitive's host code on meta tensors, so
+that its own choice of kernels and tiles is what gets compiled. Imports Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrify.ops import gpu
+from vitrify.ops.ahead_of_time import ARCHITECTURES, Launch, recorded_launches
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEADS = 12
+
+
+class Case(NamedTuple):
+    """A call of a primitive's host code.
+
+    name           what it computes, on what
+    call           runs it on meta tensors; its launches are what is compiled
+    quick          whether the quick tests compile it, too
+    architectures  compute capabilities that can run it
+    plain          kernels in it that multiply nothing, and so use no tensor cores
+    """
+
+    name: str
+    call: Callable[[], object]
+    quick: bool = False
+    architectures: tuple[int, ...] = ARCHITECTURES
+    plain: tuple[str, ...] = ()
+
+    def launches(self) -> list[Launch]:
+        """Return the distinct launches of this case: those of the same kernel with the same constants count once."""
+        with recorded_launches() as found:
+            self.call()
+        distinct = {(launch.name, _known(launch)): launch for launch in found}
+        return list(distinct.values())
+
+
+def taylor() -> Iterator[Case]:
+    """Forward and backward passes of whole heads and of shared ones, full and padded, from a packed qkv."""
+    triton = gpu.kernels("taylor.triton")
+
+    def both(width: int, dtype: torch.dtype, tokens: int, padded: bool) -> None:
+        query, key, value = _qkv(width, dtype, tokens)
+        keep = _meta(64, tokens, dtype=torch.bool) if padded else None
+        out, state = triton.forward(query, key, value, keep, 0.125)
+        triton.backward(out, query, key, value, keep, 0.125, state)
+
+    for width in (16, 64, 80, 128):
+        for name, dtype in DTYPES.items():
+            for tokens, padded in ((197, False), (197, True), (16_384, False)):
+                what = f"forward and backward, {name}, D = {width}, n = {tokens}{', padded' * padded}"
+                quick = (width, name, tokens, padded) == (64, "bf16", 197, False)
+                call = _later(both, width, dtype, tokens, padded)
+                yield Case(what, call, quick, plain=("combine_kernel",))
+
+
+def hamming() -> Iterator[Case]:
+    """Codes as bits, int8 and numbers, of whole heads and of shared ones; backward where codes carry gradients."""
+    triton, bits, code_of = (gpu.kernels(f"hamming.{name}") for name in ("triton", "bits", "aten"))
+
+    def run(width: int, dtype: torch.dtype, tokens: int, stored: str, padded: bool) -> None:
+        value = _qkv(width, dtype, tokens)[2]
+        keep = _meta(64, tokens, dtype=torch.bool) if padded else None
+        code = {
+            "bits": _meta(64, HEADS, tokens, bits.words(width), dtype=torch.uint8),
+            "int8": _meta(64, HEADS, tokens, width, dtype=torch.int8),
+            "numbers": value,
+        }[stored]
+        kind = code_of.Code(width, signed=stored == "bits")
+        out, matrices = triton.forward(code, code, value, keep, kind, value.dtype)
+        if stored == "numbers":
+            triton.backward(out, code, code, value, keep, matrices, kind)
+
+    for width in (16, 64, 80, 128):
+        for name in ("bf16", "fp32"):
+            dtype = DTYPES[name]
+            x, threshold = _qkv(width, dtype, 197)[0], _meta(HEADS, 1, width, dtype=dtype)
+            call = _later(triton.threshold_bits, x, threshold)
+            yield Case(f"threshold_bits, {name}, D = {width}", call, plain=("pack_kernel",))
+    several = [
+        *itertools.product(("bits",), (16, 64, 80, 128), ("bf16", "fp32"), (197, 16_384)),
+        *itertools.product(("int8", "numbers"), (64, 128), ("bf16", "fp32"), (16_384,)),
+    ]
+    for stored, width, name, tokens in several:
+        for padded in (False, True) if (stored, width) == ("bits", 64) else (False,):
+            what = f"codes as {stored}, {name}, D = {width}, n = {tokens}{', padded' * padded}"
+            quick = (width, name, stored, tokens, padded) == (64, "bf16", "bits", 197, False)
+            call = _later(run, width, DTYPES[name], tokens, stored, padded)
+            yield Case(what, call, quick, plain=("join_kernel",))
+
+
+# Every primitive with kernels. A new one stands here, and nowhere else.
+PRIMITIVES: dict[str, Callable[[], Iterator[Case]]] = {"taylor": taylor, "hamming": hamming}
+
+
+def _later(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _qkv(width: int, dtype: torch.dtype, tokens: int) -> tuple[Tensor, ...]:
+    """Return query, key and value as views of a packed projection of 64 images."""
+    return _meta(64, tokens, 3, HEADS, width, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _known(launch: Launch) -> str:
+    """Return what tells a launch's code apart from that of others of its kernel: constants, and what is missing."""
+    kinds: list[Any] = [a.dtype if isinstance(a, Tensor) else a is None for a in launch.arguments]
+    return f"{sorted(launch.keywords.items(), key=str)} {kinds}"

@@ -1,0 +1,39 @@
+"""Every kernel compiled for every GPU architecture: no spills, registers, shared memory, tensor cores, grids."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="the interpreter compiles nothing")
+
+from vitrify.ops.ahead_of_time import GRID_LIMIT, SHARED_LIMIT, compiled  # noqa: E402
+from vitrify.ops.kernel_cases import PRIMITIVES  # noqa: E402
+
+REGISTERS = 65_536  # of a processor
+CASES = [
+    pytest.param(case, arch, id=f"{primitive}: {case.name}, sm_{arch}", marks=[] if case.quick else pytest.mark.slow)
+    for primitive, cases in PRIMITIVES.items()
+    for case in cases()
+    for arch in case.architectures
+]
+
+
+@pytest.mark.parametrize(("case", "arch"), CASES)
+def test_budget(case, arch):
+    launches = case.launches()
+    assert launches
+    for launch in launches:
+        found = compiled(launch, arch)
+        assert (found.stack, found.local) == (0, 0), f"{launch.name} spills: {found}"
+        # A program must fit on a processor, or its launch fails; 255 is what a thread can have.
+        assert found.registers <= 255
+        assert found.registers * found.threads <= REGISTERS, launch.name
+        assert found.shared <= SHARED_LIMIT[arch], f"{launch.name} takes {found.shared} bytes of shared memory"
+        assert all(size <= limit for size, limit in zip(launch.grid, GRID_LIMIT, strict=False)), launch.grid
+        assert bool(found.tensor_core()) == (launch.name not in case.plain), f"{launch.name}: {found.tensor_core()!r}"
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_every_primitive_has_a_quick_case(primitive):
+    assert any(case.quick for case in PRIMITIVES[primitive]())
