@@ -134,3 +134,22 @@ def test_calibration_refuses_what_it_cannot_use():
     with pytest.raises(UnsupportedError, match="without padding"):
         calibrate_codes_(masked, images())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("form", ["published", "taylor"])
+@pytest.mark.parametrize("binariser", ["learned", "token_mean", "ksh"])
+def test_what_still_needs_calibration(form, binariser):
+    module = Hamming(3, 8, form=form, binariser=binariser, dtype=torch.float64)
+    assert module.needs_calibration() == (form == "taylor" or binariser != "token_mean")
+    module.calibrate_(*related(), scale=SCALE)
+    assert not module.needs_calibration()
+
+
+def test_calibrating_what_needs_it_leaves_the_rest_alone():
+    model = nn.Sequential(*(Attention(24, 3, core=Hamming(3, 8, form="taylor")) for _ in range(2)))
+    x = torch.randn(4, 20, 24, generator=torch.Generator().manual_seed(0))
+    model[0].core.gain.data.fill_(0.7)  # as if trained
+    assert list(calibrate_codes_(model, x, again=False)) == ["1.core"]
+    assert (model[0].core.gain == 0.7).all()
+    assert calibrate_codes_(model, x, again=False) == {}
+    assert list(calibrate_codes_(model, x)) == ["0.core", "1.core"]

@@ -101,6 +101,19 @@ def test_a_record_of_another_device_shape_or_model_is_refused():
         LatencyRecord.from_dict({})
 
 
+def test_a_record_of_another_number_of_tokens_is_refused_if_there_is_an_example():
+    model = Model()
+    record = measure_latencies_(model, torch.randn(2, 8), repeats=1)
+    fresh = Model()
+    with pytest.raises(
+        InputError, match=r"first: the latencies are of tokens .* \(2, 8\), not \(3, 8\): measure again"
+    ):
+        apply_latencies_(fresh, record, torch.randn(3, 8))
+    assert fresh.first.alpha == (6.0, 4.0)
+    apply_latencies_(fresh, record, torch.randn(2, 8))
+    assert fresh.first.alpha == model.first.alpha
+
+
 def test_what_cannot_be_measured_is_named():
     with pytest.raises(InputError, match="no mixture"):
         measure_latencies_(nn.Linear(3, 3), torch.randn(3))

@@ -55,6 +55,7 @@ def convert(
     from vitrify.artefact import check_target, input_config, save
     from vitrify.cli.show import print_conversion
     from vitrify.convert import convert_
+    from vitrify.nn import Hamming
 
     check_target(output)
     chosen = recipes.get(recipe)
@@ -72,6 +73,8 @@ def convert(
         raise InputError(f"recipe {chosen.name!r} changed nothing in {model}: nothing was written")
     if calibrate is not None:
         _calibrate(built, calibrate)
+    elif any(isinstance(module, Hamming) and module.needs_calibration() for module in built.modules()):
+        typer.echo("note: the codes are not fitted; --calibrate does that now, or else finetune will", err=True)
     save(built, output)
     typer.echo(f"\nwritten: {output}")
     if not (pretrained or checkpoint or Path(model).is_dir()):

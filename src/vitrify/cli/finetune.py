@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,15 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitrify.cli import options
+from vitrify.cli.prepare import Preparation, check_alpha
 from vitrify.errors import InputError
-from vitrify.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
-
-    from vitrify.convert import Conversion, Recipe
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -37,7 +32,6 @@ EPILOG = (
 _OPTIMISER, _REGULARISATION = "Optimiser", "Augmentation and regularisation"
 _RUN = "The run"
 _MIN_LR = 1e-6
-_CALIBRATION_IMAGES = 64
 
 
 def finetune(  # the command line's options; all but the model are given by name
@@ -150,6 +144,7 @@ def finetune(  # the command line's options; all but the model are given by name
     if plan is not None and recipe is not None:
         raise InputError("give either --recipe or --plan, which has a recipe for each of its stages")
     stages = None if plan is None else train.get_plan(plan)
+    chosen = None if recipe is None else recipes.get(recipe)
     given["min_lr"] = min(_MIN_LR, lr) if min_lr is None else min_lr
     fields = {field.name for field in dataclasses.fields(train.TrainConfig)}
     config = train.TrainConfig(**{name: value for name, value in given.items() if name in fields})
@@ -163,6 +158,10 @@ def finetune(  # the command line's options; all but the model are given by name
         {name: given[name] for name in weights},
         needs_head=objective == "distill",
     )
+    if stages is None and chosen is None and not hasattr(student, "_vitrify"):
+        chosen = recipes.vitality()
+    asked = [] if chosen is None else [chosen]
+    check_alpha(alpha, student, asked if stages is None else [stage.recipe for stage in stages.stages])
     task = train.make_task(
         config,
         options.open_data(data, "train", student, on_error=on_error, augment=augment),
@@ -170,15 +169,17 @@ def finetune(  # the command line's options; all but the model are given by name
     )
     typer.echo(f"training on {getattr(task.train_dataset, 'source', data)}", err=True)
     go_on: Literal["auto", "never"] = "auto" if resume else "never"
+    preparation = Preparation(task.train_dataset, alpha, config)
     try:
         if stages is not None:
-            convert = converter(task, alpha, output, batch_size)
-            result = train.run_plan(student, stages, task, config, output, convert=convert, teacher=guide, resume=go_on)
+            result = train.run_plan(
+                student, stages, task, config, output, convert=preparation.convert, teacher=guide, resume=go_on
+            )
         else:
-            if recipe is not None or not hasattr(student, "_vitrify"):
-                converter(task, alpha, output, batch_size)(student, recipes.get(recipe or "vitality"))
-            elif alpha != "paper":
-                set_latencies(student, task, alpha, output, batch_size)
+            if chosen is None:
+                preparation.fit(student, output)
+            else:
+                preparation.convert(student, chosen, output)
             result = run(student, task, config, output, teacher=guide, resume=go_on)
     except KeyboardInterrupt as interruption:
         typer.echo(f"\n{interruption or 'interrupted'}\nthe same command resumes from {output}", err=True)
@@ -220,52 +221,6 @@ def load_pair(
     elif teacher is not None:
         guide = find_original(student, teacher, needs_head=needs_head)
     return student, guide
-
-
-def converter(task: Any, alpha: str, run: Path, batch_size: int) -> Callable[[nn.Module, Recipe], Conversion]:
-    """Return the function that converts a model, shows how, and fits codes and alpha to the first training images."""
-    from vitrify.artefact import input_config
-    from vitrify.cli.show import print_conversion
-    from vitrify.convert import convert_
-    from vitrify.nn import Hamming, Mixture, calibrate_codes_
-
-    def convert(model: nn.Module, recipe: Recipe) -> Conversion:
-        before = {module for module in model.modules() if isinstance(module, Hamming)}
-        conversion = convert_(model, recipe, input_size=input_config(model)["input_size"])
-        print_conversion(conversion, stderr=True)
-        if not conversion.changed:
-            raise InputError(f"recipe {recipe.name!r} changed nothing in {type(model).__name__}")
-        if {module for module in model.modules() if isinstance(module, Hamming)} - before:
-            calibrate_codes_(model, _first_images(task, _CALIBRATION_IMAGES))
-        if alpha != "paper" and any(isinstance(module, Mixture) for module in model.modules()):
-            set_latencies(model, task, alpha, run, batch_size)
-        return conversion
-
-    return convert
-
-
-def set_latencies(model: nn.Module, task: Any, alpha: str, run: Path, batch_size: int) -> None:
-    """Balance the mixtures in `model` by latencies from a file, or measured now and kept for when the run resumes."""
-    from vitrify.nn import LatencyRecord, apply_latencies_, measure_latencies_
-
-    file = run / "latencies.json" if alpha == "measured" else Path(alpha)
-    if alpha == "measured" and not file.exists():
-        typer.echo("measuring the experts' latencies", err=True)
-        record = measure_latencies_(model, _first_images(task, batch_size))
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(record.to_dict(), indent=1) + "\n")
-    try:
-        apply_latencies_(model, LatencyRecord.from_dict(json.loads(file.read_text())))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"--alpha {file}: {error}") from error
-        raise InputError(f"--alpha must be paper, measured or a latencies.json, not {alpha!r}: {error}") from error
-
-
-def _first_images(task: Any, count: int) -> Any:
-    import torch
-
-    return torch.stack([task.train_dataset[i][0] for i in range(min(count, len(task.train_dataset)))])
 
 
 def _print_result(run: Path, artefact: Path) -> None:

@@ -68,6 +68,10 @@ class Binariser(nn.Module):
         Nothing to fit by default.
         """
 
+    def needs_fit(self) -> bool:
+        """Say whether `fit_` is still to come: neither it nor training has set anything."""
+        return False
+
     def multiplications(self, num_tokens: int) -> int:
         """Return the multiplications of one head: comparing costs none."""
         return 0
@@ -116,6 +120,10 @@ class LearnedThreshold(Binariser):
             key_binariser.threshold.copy_(mean)
             mean = torch.zeros_like(mean)
         self.threshold.copy_(mean)
+
+    def needs_fit(self) -> bool:
+        """Say whether all thresholds are still 0; those of queries stay so when keys have their own."""
+        return not bool(self.threshold.any())
 
 
 class TokenMean(Binariser):

@@ -67,8 +67,9 @@ class Hamming(Core):
         self.query_binariser = _binariser(binariser, num_heads, head_dim, codes, device, dtype)
         self.key_binariser = None if share else _binariser(binariser, num_heads, head_dim, codes, device, dtype)
         self.gain: nn.Parameter | None = None
+        self._first_gain = head_dim**-0.5
         if form == "taylor":
-            self.gain = nn.Parameter(torch.full((num_heads, 1, 1), head_dim**-0.5, device=device, dtype=dtype))
+            self.gain = nn.Parameter(torch.full((num_heads, 1, 1), self._first_gain, device=device, dtype=dtype))
 
     def forward(
         self,
@@ -118,6 +119,12 @@ class Hamming(Core):
             and not torch.is_grad_enabled()
             and gpu.available(query.device)
         )
+
+    def needs_calibration(self) -> bool:
+        """Say whether neither `calibrate_` nor training has set anything yet; False where there is nothing to set."""
+        if self.gain is not None:
+            return bool((self.gain == torch.full_like(self.gain, self._first_gain)).all())
+        return all(b.needs_fit() for b in (self.query_binariser, self.key_binariser) if b is not None)
 
     @torch.no_grad()
     def calibrate_(self, query: Tensor, key: Tensor, *, scale: float) -> Tensor:
@@ -176,16 +183,20 @@ class Hamming(Core):
         return f"order={self.order!r}, form={self.form!r}, bias={self.bias!r}"
 
 
-def calibrate_codes_(model: nn.Module, images: Tensor) -> dict[str, float]:
+def calibrate_codes_(model: nn.Module, images: Tensor, *, again: bool = True) -> dict[str, float]:
     """Run the model on a few images and calibrate every Hamming core in it, each after those that come before it.
 
     images: one batch as the model takes it; a few dozen do. Returns {module name: fit}, the mean over heads of what
     `Hamming.calibrate_` returns. The result is part of the state dict. It undoes what training did to thresholds and
-    gains: calibrate first. Raises InputError if the model has no Hamming core, UnsupportedError if calls are masked.
+    gains: calibrate first, or with again=False only the cores that need it (`Hamming.needs_calibration`).
+    Raises InputError if the model has no Hamming core, UnsupportedError if calls are masked.
     """
     cores = {name: module for name, module in model.named_modules() if isinstance(module, Hamming)}
     if not cores:
         raise InputError(f"{type(model).__name__} has no Hamming core to calibrate: convert it first")
+    cores = {name: core for name, core in cores.items() if again or core.needs_calibration()}
+    if not cores:
+        return {}
     fits: dict[str, float] = {}
 
     def calibrate(core: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

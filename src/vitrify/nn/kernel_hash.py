@@ -64,7 +64,10 @@ class KSH(Binariser):
     def forward(self, x: Tensor) -> Tensor:
         """Return the codes (B, H, N, bits) of x (B, H, N, D); raises VitrifyError before the fit."""
         if not self.fitted:
-            raise VitrifyError("hashing is not fitted: call calibrate_codes_(model, images), or load fitted weights")
+            raise VitrifyError(
+                "hashing is not fitted: call calibrate_codes_(model, images), as `vitrify convert --calibrate` and "
+                "`vitrify finetune` do, or load fitted weights"
+            )
         projected = _project(x, self.anchors, self.width, self.mean, self.weight)
         return binarise(projected, projected.new_zeros(()), self.codes)
 
@@ -97,6 +100,10 @@ class KSH(Binariser):
             key_binariser.weight.copy_(weight[:, own:])
             key_binariser.fitted = True
         self.fitted = True
+
+    def needs_fit(self) -> bool:
+        """Say whether the hash has no anchors yet."""
+        return not self.fitted
 
     def multiplications(self, num_tokens: int) -> int:
         """Return the multiplications of one head: A D for the distances and A bits for the projections, per token.

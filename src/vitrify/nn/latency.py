@@ -97,10 +97,15 @@ def measure_latencies_(
     return LatencyRecord(device_name(device), dtype, torch.get_num_threads(), found)
 
 
-def apply_latencies_(model: nn.Module, record: LatencyRecord) -> None:
+@torch.no_grad()
+def apply_latencies_(
+    model: nn.Module, record: LatencyRecord, example_input: Tensor | Mapping[str, Tensor] | None = None
+) -> None:
     """Set the `alpha` of every mixture in `model` from a record, which must be of this device and these shapes.
 
-    Raises InputError, and changes nothing, if the device, the mixtures' names, their experts or layers differ.
+    With an `example_input`, as for `measure_latencies_`, the model runs once on it and the numbers of tokens are
+    compared as well: what a batch of other size costs is another question.
+    Raises InputError, and changes nothing, if the device, the mixtures' names, their experts, layers or tokens differ.
     """
     mixtures = _mixtures(model)
     here = device_name(next(iter(mixtures.values())).router.weight.device)
@@ -117,6 +122,11 @@ def apply_latencies_(model: nn.Module, record: LatencyRecord) -> None:
         if entry.layers != _layers(mixture):
             layers = f"{entry.layers}, not {_layers(mixture)}"
             raise InputError(f"{name}: the latencies are of layers (out, in) {layers}: {MEASURE_AGAIN}")
+    tokens = {} if example_input is None else _tokens(model, mixtures, example_input)
+    for name, x in tokens.items():
+        if tuple(x.shape) != record.modules[name].shape:
+            shapes = f"{record.modules[name].shape}, not {tuple(x.shape)}"
+            raise InputError(f"{name}: the latencies are of tokens (number, width) {shapes}: {MEASURE_AGAIN}")
     for name, mixture in mixtures.items():
         mixture.set_alpha([record.modules[name].seconds[expert] for expert in mixture.expert_names])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vitrify.convert import Conversion, LinearSpec, Recipe, convert_, recipes
+from vitrify.convert import LinearSpec, Recipe, convert_, recipes
 from vitrify.convert.recipe import read_yaml
 from vitrify.errors import InputError, unknown
 from vitrify.train.config import TrainConfig
@@ -118,19 +118,23 @@ def run_plan(
     settings: TrainConfig,
     output_dir: str | Path,
     *,
-    convert: Callable[[nn.Module, Recipe], Conversion] = convert_,
+    convert: Callable[[nn.Module, Recipe, Path], object] | None = None,
     teacher: nn.Module | None = None,
     resume: Resume = "auto",
 ) -> Path:
     """Convert and train `model` stage by stage; return the path of the final artefact, `output_dir`/model.
 
     The last stage's run is in `output_dir` itself, those before it in `output_dir`/stages/1, 2, ...: a stopped plan
-    goes on where it was. `convert(model, recipe)` is called at the start of each stage. Errors as `finetune`'s.
+    goes on where it was. `convert(model, recipe, folder of the stage's run)` is called at the start of each stage; by
+    default that is `convert_`. Errors as `finetune`'s.
     """
     output_dir = Path(output_dir)
     for number, stage in enumerate(plan.stages, 1):
         last = number == len(plan.stages)
         folder = output_dir if last else output_dir / "stages" / str(number)
-        convert(model, stage.recipe)
+        if convert is None:
+            convert_(model, stage.recipe)
+        else:
+            convert(model, stage.recipe, folder)
         final = finetune(model, task, stage.config(settings), folder, teacher=teacher, resume=resume)
     return final
