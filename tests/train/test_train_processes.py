@@ -11,10 +11,18 @@ import pytest
 import torch
 from tiny_training import Blobs, quick, sparse, tiny_vit, weights
 
-from vitrify.convert import convert_
+from vitrify.artefact import create_model
+from vitrify.convert import AttentionSpec, Recipe, convert_
 from vitrify.train import finetune, make_task, read_metrics
 
 HERE = Path(__file__).resolve().parent
+
+
+class Labelled(list):
+    """Pairs of image and label as a data set."""
+
+    classes = ("a", "b", "c", "d")
+    labelled = True
 
 
 def run(folder, objective):
@@ -28,18 +36,12 @@ def run(folder, objective):
     finetune(model, make_task(config, Blobs(32), measured), config, folder, teacher=teacher)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "tolerance"),
-    # "features" divides by the teacher's variance over each process's own images, and leaves the head without gradient.
-    [("labels", 1e-4), ("features", 0.25)],
-)
-def test_two_processes_share_the_batch(tmp_path, objective, tolerance):
-    run(tmp_path / "one", objective)
-    script = tmp_path / "launched.py"
+def launch(folder, call):
+    """Run a call of this module in two processes."""
+    script = folder / "launched.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        f"from test_train_processes import run; run({str(tmp_path / 'two')!r}, {objective!r})\n"
+        f"from test_train_processes import *; {call}\n"
         "import accelerate; print(accelerate.PartialState().num_processes, 'processes')\n"
     )
     # torchrun, for `accelerate launch --cpu` starts a second process only through MPI.
@@ -48,6 +50,17 @@ def test_two_processes_share_the_batch(tmp_path, objective, tolerance):
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "tolerance"),
+    # "features" divides by the teacher's variance over each process's own images, and leaves the head without gradient.
+    [("labels", 1e-4), ("features", 0.25)],
+)
+def test_two_processes_share_the_batch(tmp_path, objective, tolerance):
+    run(tmp_path / "one", objective)
+    launch(tmp_path, f"run({str(tmp_path / 'two')!r}, {objective!r})")
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [(line["kind"], line["step"]) for line in one] == [(line["kind"], line["step"]) for line in two]
     for alone, shared in zip(one, two, strict=True):
@@ -56,3 +69,19 @@ def test_two_processes_share_the_batch(tmp_path, objective, tolerance):
     alone, shared = (weights(tmp_path / name / "model") for name in ("one", "two"))
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=0, atol=tolerance * 0.1)
+
+
+def run_reduced(folder):
+    """A PVT whose spatial reduction a recipe took away: its convolution and norm get no gradient."""
+    torch.manual_seed(0)
+    model = create_model("pvt_mini_56", num_classes=4, img_size=56)
+    convert_(model, Recipe("removed", AttentionSpec("softmax", reduction="remove")))
+    images = [(torch.randn(1, 56, 56), index % 4) for index in range(4)]
+    config = quick(epochs=1, batch_size=2)
+    finetune(model, make_task(config, Labelled(images), Labelled(images)), config, folder)
+
+
+@pytest.mark.slow
+def test_two_processes_and_parameters_that_a_recipe_left_idle(tmp_path):
+    launch(tmp_path, f"run_reduced({str(tmp_path / 'run')!r})")
+    assert (tmp_path / "run" / "model").is_dir()

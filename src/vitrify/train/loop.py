@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from vitrify import artefact
+from vitrify.convert.adapters.base import Adapter
 from vitrify.data import DeterministicDataset
 from vitrify.data.deterministic import SizedDataset
 from vitrify.errors import InputError
@@ -56,7 +57,7 @@ def finetune(
     is no longer finite or the disk is full; KeyboardInterrupt, after a checkpoint, on Ctrl-C or SIGTERM.
     """
     folder = RunFolder(output_dir)
-    accelerator = _accelerator(config, task)
+    accelerator = _accelerator(config, task, model)
     if task.needs_teacher:
         if teacher is None:
             raise InputError(f"objective {config.objective!r} needs the unconverted model: pass teacher=")
@@ -253,10 +254,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def _accelerator(config: TrainConfig, task: Task) -> Accelerator:
+def _accelerator(config: TrainConfig, task: Task, model: nn.Module) -> Accelerator:
     # Accelerate keeps its precision for the life of the process; two runs in one process may differ in it.
     AcceleratorState._reset_state()
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=task.partial)
+    # Looking for them costs a walk through each step's graph; without it DDP waits for their gradients.
+    idle = any(isinstance(module, Adapter) and module.idles(module) for module in model.modules())
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=task.partial or idle)
     try:
         accelerator = Accelerator(mixed_precision=config.amp, kwargs_handlers=[ddp])
     except ValueError as error:

@@ -77,6 +77,11 @@ class Adapter(CoreAttention):
         return ""
 
     @classmethod
+    def idles(cls, module: Any) -> bool:
+        """Return whether the module, as it is now, owns parameters that its forward leaves out."""
+        return False
+
+    @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
         """Return where a value_conv learns the token grid at run time, or the reason why it cannot.
 

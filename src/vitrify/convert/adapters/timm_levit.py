@@ -87,6 +87,12 @@ class LeViTAdapter(Adapter):
         return f"position bias carried as a token-mixing term of V, n_q n_k d_v = {cost:,} multiplications per head"
 
     @classmethod
+    def idles(cls, module: Any) -> bool:
+        """Return whether the bias is there without being used."""
+        spec: AttentionSpec = module.attention_spec
+        return spec.core != "softmax" and spec.bias == "drop"
+
+    @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
         """Return None: the bias fixes the resolution, so the grid comes with each call."""
         return None

@@ -85,6 +85,11 @@ class PVTAttention(Adapter, Attention):  # type: ignore[misc]  # timm has no typ
         return "spatial reduction removed" if module.sr is not None and spec.reduction == "remove" else ""
 
     @classmethod
+    def idles(cls, module: Any) -> bool:
+        """Return whether the reduction is there without being used."""
+        return module.sr is not None and module.attention_spec.reduction == "remove"
+
+    @classmethod
     def find_grid(cls, module: Any, ancestors: Sequence[nn.Module]) -> TokenGrid | str | None:
         """Return None, as the grid comes with each call."""
         return None
