@@ -81,3 +81,46 @@ def test_alpha_measured_is_kept_and_read_back(tmp_path, capsys):
     assert "measured on another" in capsys.readouterr().err
     assert run(*command, "--alpha", "fast", "--output", tmp_path / "d") == 2
     assert "--alpha must be" in capsys.readouterr().err
+
+
+def test_latencies_of_another_batch_are_refused(tmp_path, capsys):
+    command = ["finetune", *MINI, "--recipe", "vitrify", *QUICK]
+    assert run(*command, "--alpha", "measured", "--output", tmp_path / "a") == 0
+    command[command.index("--batch-size") + 1] = "2"
+    assert run(*command, "--alpha", tmp_path / "a" / "latencies.json", "--output", tmp_path / "b") == 2
+    assert "the latencies are of tokens" in capsys.readouterr().err
+
+
+def test_alpha_without_a_mixture_is_refused(tmp_path, capsys):
+    command = ["finetune", *MINI, "--recipe", "taylor", *QUICK, "--output", tmp_path / "a"]
+    assert run(*command, "--alpha", "measured") == 2
+    assert "no mixture to balance" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_each_stage_keeps_the_latencies_of_its_own_mixtures(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("stages:\n- recipe: {modules: {blocks.0.mlp: mixture}}\n- recipe: {mlp: mixture}\n")
+    command = ["finetune", *MINI, "--plan", plan, *QUICK, "--alpha", "measured", "--output", tmp_path / "run"]
+    assert run(*command) == 0
+    measured = [json.loads((tmp_path / "run" / f / "latencies.json").read_text())["modules"] for f in ("stages/1", "")]
+    assert [len(modules) for modules in measured] == [1, 4]
+
+
+def test_codes_of_an_artefact_are_calibrated_once(tmp_path, capsys, monkeypatch):
+    (tmp_path / "ksh.yaml").write_text("attention: {core: hamming, binariser: ksh}\n")
+    assert run("convert", *MINI, "--recipe", tmp_path / "ksh.yaml", "--output", tmp_path / "a") == 0
+    assert "the codes are not fitted" in capsys.readouterr().err
+    assert run("finetune", tmp_path / "a", *QUICK, "--output", tmp_path / "b") == 0
+    tuned = load(tmp_path / "b" / "model")
+    assert not any(core.needs_calibration() for core in tuned.modules() if isinstance(core, Hamming))
+    monkeypatch.setattr(Hamming, "calibrate_", lambda *_, **__: pytest.fail("what was trained was fitted again"))
+    assert run("finetune", tmp_path / "b", *QUICK, "--output", tmp_path / "c") == 0
+
+
+def test_a_packed_artefact_is_not_packed_again(tmp_path, capsys):
+    assert run("convert", *MINI, "--recipe", "vitrify", "--output", tmp_path / "a") == 0
+    assert run("pack", tmp_path / "a", "--output", tmp_path / "b") == 0
+    assert run("pack", tmp_path / "b", "--output", tmp_path / "c") == 2
+    assert "packed already" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

@@ -23,13 +23,17 @@ def pack(
     from vitrify.artefact import check_target, load, save
     from vitrify.cli.options import artefact_at
     from vitrify.convert import pack_
+    from vitrify.nn import ShiftConv2d, ShiftLinear
 
     check_target(output)
     folder = artefact_at(artefact)
     if folder is None:
         raise InputError(f"there is no artefact at {artefact}: `vitrify convert` or `vitrify finetune` writes one")
     model = load(folder)
+    latent = any(isinstance(layer, (ShiftLinear, ShiftConv2d)) and not layer.packed for layer in model.modules())
     count = pack_(model)
+    if count and not latent:
+        raise InputError(f"{artefact} is packed already")
     if not count:
         raise InputError(
             f"{artefact} has no shift layer to pack: convert with a recipe that shifts, such as shiftaddvit"
