@@ -13,6 +13,7 @@ from vitrify.errors import InputError, UnsupportedError, unknown
 from vitrify.nn.binarise import Binariser, Codes, LearnedThreshold, TokenMean
 from vitrify.nn.cores import Core, Dropout
 from vitrify.nn.kernel_hash import KSH
+from vitrify.nn.modes import evaluating
 from vitrify.ops import gpu, hamming_attention
 from vitrify.ops.autocast import without_autocast
 from vitrify.ops.hamming import Order
@@ -207,17 +208,13 @@ def calibrate_codes_(model: nn.Module, images: Tensor, *, again: bool = True) ->
         fits[names[core]] = core.calibrate_(args[0], args[1], scale=kwargs["scale"]).mean().item()
 
     names = {core: name for name, core in cores.items()}
-    modes = {module: module.training for module in model.modules()}
     hooks = [core.register_forward_pre_hook(calibrate, with_kwargs=True) for core in cores.values()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return fits
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitrify.errors import InputError
 from vitrify.nn.copying import copy_without_hooks
 from vitrify.nn.mixture import Mixture
+from vitrify.nn.modes import evaluating
 
 MEASURE_AGAIN = "measure again with measure_latencies_"
 
@@ -167,18 +168,15 @@ def _tokens(
         return lambda module, arguments: tokens.update({name: arguments[0].reshape(-1, arguments[0].shape[-1])})
 
     hooks = [mixture.register_forward_pre_hook(keep(name)) for name, mixture in mixtures.items()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        if isinstance(example_input, Tensor):
-            model(example_input)
-        else:
-            model(**example_input)
+        with evaluating(model):
+            if isinstance(example_input, Tensor):
+                model(example_input)
+            else:
+                model(**example_input)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     missed = [name for name in mixtures if name not in tokens or not len(tokens[name])]
     if missed:
         raise InputError(f"{missed[0]} got no tokens from the example input: give one that runs the whole model")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrify.errors import InputError
+from vitrify.nn.modes import evaluating
 from vitrify.nn.shift import ShiftLinear
 from vitrify.ops.shift import reference
 
@@ -48,7 +49,7 @@ def calibrate_shift_(model: nn.Module, batches: Iterable[Any]) -> dict[str, tupl
         if layer.packed:
             raise InputError(f"{name or 'the layer'} is packed, its latent weight gone: calibrate before pack_()")
     moments: dict[str, Tensor] = {}
-    with _observed(layers, moments), _evaluating(model):
+    with _observed(layers, moments), evaluating(model):
         for batch in batches:
             _call(model, batch)
     if not moments:
@@ -137,18 +138,6 @@ def _observed(layers: Mapping[str, ShiftLinear], moments: dict[str, Tensor]) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, and every module back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _call(model: nn.Module, batch: Any) -> None:
