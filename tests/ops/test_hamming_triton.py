@@ -180,3 +180,16 @@ def test_compiles_whole_and_exports_plain_aten():
 )
 def test_bytes_moved(stored, binarised, expected):
     assert bytes_moved(stored, 12, 197, 197, 64, 64, binarised=binarised) == 12 * expected
+
+
+def test_the_readme_prints_what_bytes_moved_returns():
+    text = Path(bits.__file__).with_name("README.md").read_text()
+    table = [
+        row.split("|")[2:5] for row in text.splitlines() if row.startswith(("| queries and keys as", "| codes as"))
+    ]
+    found = [[float(figure) for figure in row] for row in table]
+    stored = (("sdpa", False), ("int8", False), ("bits", False), ("bits", True))
+    assert found == [
+        [round(bytes_moved(how, 12, n, n, 64, 64, binarised=made) / 1e6, 2) for n in (197, 1024, 4096)]
+        for how, made in stored
+    ]
