@@ -69,21 +69,22 @@ def grouped_linear(
     No gradients. Raises InputError for shapes, dtypes or devices that do not fit.
     """
     _check_linear("the multiplying expert", x, weight, bias)
+    _check_bias("the shift expert", x, weight, shift_bias)
     if (bias is None) != (shift_bias is None):
         raise InputError("one expert has a bias and the other has none: give both or neither")
     if isinstance(shift, Codes):
         values, exponent, bits, variant = shift
         check_format(bits, variant)
         check_packed(values, x.shape[1], bits)
-        check_exponent(exponent, weight.shape[0], bits, variant, values=False)
+        check_exponent(exponent, len(values), bits, variant, values=False)
     else:
         values, exponent, bits, variant = shift, None, 4, "ps"  # bits and variant then mean nothing
-        _check_linear("the shift expert", x, shift, shift_bias)
-    if values.shape[0] != weight.shape[0]:
-        raise InputError(f"the experts have {weight.shape[0]} and {values.shape[0]} outputs: both need as many")
+        _check_linear("the shift expert", x, values, None)
+    if len(values) != len(weight):
+        raise InputError(f"the experts have {len(weight)} and {len(values)} outputs: both need as many")
     if groups.order.shape != x.shape[:1]:
         raise InputError(f"the groups are of {groups.order.shape[0]} tokens, but x is {tuple(x.shape)}")
-    for name, tensor in (("codes", values), ("exponent", exponent), ("bias", shift_bias), ("groups", groups.order)):
+    for name, tensor in (("codes", values), ("exponent", exponent), ("groups", groups.order)):
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"{name} is on {tensor.device} but x is on {x.device}")
     return mixture_linear_op(x, *groups, weight, bias, values, exponent, shift_bias, bits, variant, gather, scatter)
@@ -92,8 +93,17 @@ def grouped_linear(
 def _check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise InputError(f"{name} has weight {tuple(weight.shape)}, which does not fit tokens {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"{name} has bias {tuple(bias.shape)} and weight {tuple(weight.shape)}")
-    for tensor in (weight, bias):
-        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
-            raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
+    _check_like(name, x, weight)
+    _check_bias(name, x, weight, bias)
+
+
+def _check_bias(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise InputError(f"{name} has bias {tuple(bias.shape)} for {len(weight)} outputs")
+        _check_like(name, x, bias)
+
+
+def _check_like(name: str, x: Tensor, tensor: Tensor) -> None:
+    if (tensor.dtype, tensor.device) != (x.dtype, x.device):
+        raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")

@@ -6,7 +6,6 @@ of processors, so that the same call gives the same bits and a CUDA graph can ho
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 from torch import Tensor
 
 from vitrify.ops.experts.triton_kernels import choose_kernel, linear_kernel, place_kernel
+from vitrify.ops.launch import processors
 from vitrify.ops.shift.triton import MOST_TOKENS, decoded
 
 # Tokens of a program that computes logits, of one that places tokens, and block counts that the latter adds at a time.
@@ -34,20 +34,22 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(tokens: int, columns: int, processors: int, *, packed: bool) -> Tiles:
-    """Return the tiles for so many tokens of both experts together and output channels.
+def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool) -> Tiles:
+    """Return the tiles for `tokens` of both experts together and a layer's inputs and outputs, on so many processors.
 
     The token tile is the one with the shortest time by FIXED: programs run in rounds of one per processor.
     """
-    width = 64 if packed else 128
+    channels = 64 if packed else 128
+    aligned = width % 16 == 0
 
     def time(block: int) -> int:
-        programs = _token_tiles(tokens, block) * triton.cdiv(columns, width)
-        return int(triton.cdiv(programs, processors)) * (block + FIXED)
+        programs = _token_tiles(tokens, block) * triton.cdiv(columns, channels)
+        return int(triton.cdiv(programs, available)) * (block + FIXED)
 
-    # Larger tiles of decoded values, or of more channels, leave the registers.
-    best = min((16, 32, 64, 128) if packed else (16, 32, 64, 128, 256), key=time)
-    return Tiles(best, width, 128 if packed and best <= 64 else 64, 4 if packed else 8)
+    # Larger ones leave the registers; so do rows that begin anywhere, of which each entry has its own address.
+    largest = 32 if not aligned else 128 if packed else 256
+    best = min((block for block in (16, 32, 64, 128, 256) if block <= largest), key=time)
+    return Tiles(best, channels, 128 if packed and aligned and best <= 64 else 64, 4 if packed else 8)
 
 
 def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ def linear(
     if exponent is not None and tokens > MOST_TOKENS:
         shift, exponent = decoded(shift, exponent, width, bits, variant, x.dtype), None
     packed = exponent is not None
-    tile = tiles(tokens, columns, _processors(x.device), packed=packed)
+    tile = tiles(tokens, width, columns, processors(x.device), packed=packed)
     grid = (_token_tiles(tokens, tile.tokens) * triton.cdiv(columns, tile.columns),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         linear_kernel[grid](
@@ -124,9 +126,3 @@ def _token_tiles(tokens: int, block: int) -> int:
 def _adjacent(x: Tensor) -> Tensor:
     """Return `x` with neighbouring entries of a row next to each other."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64

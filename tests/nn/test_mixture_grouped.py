@@ -1,0 +1,141 @@
+"""Deployed mixtures whose experts run on grouped tokens: same rows, everywhere that kernels could be, nowhere else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mixture_models import mixture_linear, seeded, tokens
+from timm.layers import GluMlp, Mlp
+from torch import nn
+
+from vitrify.nn import Mixture, ShiftLinear, mixture_grouped, mixture_mlp_
+
+
+class Own(Mlp):
+    pass
+
+
+def timm_mlp(kind=Mlp, **settings):
+    return mixture_mlp_(seeded(kind(8, 12, **settings)))
+
+
+BOTH = pytest.mark.parametrize("make", [mixture_linear, timm_mlp])
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Let the registered ops stand for the GPU's kernels: on the CPU they run the definition. Collect their calls."""
+    calls = []
+
+    def counted(*arguments, **keywords):
+        calls.append((keywords["gather"], keywords["scatter"]))
+        return grouped_linear(*arguments, **keywords)
+
+    grouped_linear = mixture_grouped.grouped_linear
+    monkeypatch.setattr(mixture_grouped, "kernels_take", lambda device, dtype: device.type == "cpu")
+    monkeypatch.setattr(mixture_grouped, "grouped_linear", counted)
+    return calls
+
+
+@torch.no_grad()
+@BOTH
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_and_shares_stay(make, packed, kernels):
+    mixture, x = make().eval(), tokens(3, 7, 8)
+    if packed:
+        mixture.pack_()
+    grouped, share = mixture(x), mixture.share.clone()
+    assert kernels == ([(True, True)] if make is mixture_linear else [(True, False), (False, True)])
+    with torch.enable_grad():
+        torch.testing.assert_close(grouped, mixture(x).detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(share, mixture.share)
+    assert 0 < share[0] < 1
+    assert (mixture.train().aux_losses(), len(kernels)) == ({}, 1 if make is mixture_linear else 2)
+
+
+@torch.no_grad()
+@BOTH
+def test_under_autocast_and_in_half_precision(make, kernels):
+    mixture, x = make().eval(), tokens(30, 8)
+    mixture.pack_()
+    expected = mixture(x)
+    tolerance = 16 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+    kernels.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixture(x)
+    half = copy.deepcopy(mixture).bfloat16()(x.bfloat16())
+    assert len(kernels) == 2 * (1 if make is mixture_linear else 2)
+    assert out.dtype == half.dtype == torch.bfloat16
+    same = (mixture.router(x).argmax(-1) == mixture.router.bfloat16()(x.bfloat16()).argmax(-1))[:, None]
+    assert same.sum() > 20
+    for found in (out, half):
+        torch.testing.assert_close(found.float() * same, expected * same, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+@BOTH
+def test_compiled_without_a_graph_break(make, kernels):
+    mixture, x = make().eval(), tokens(2, 5, 8)
+    mixture.pack_()
+    expected = mixture(x)
+    compiled = torch.compile(mixture, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@BOTH
+def test_what_keeps_its_own_path(make, kernels):
+    x = tokens(20, 8)
+    mixture = make()
+    mixture(x)
+    mixture.eval()(x)
+    with torch.no_grad():
+        mixture.train()(x)
+        mixture.eval()
+        torch.testing.assert_close(torch.fx.symbolic_trace(mixture)(x), mixture(x))
+        before = len(kernels)
+        torch.export.export(mixture, (x,)).module()(x)
+        with pytest.raises(RuntimeError):
+            mixture(x.half())
+        mixture.double()(x.double())
+        hooked = make().eval()
+        hooked.router.register_forward_hook(lambda *_: None)
+        hooked(x)
+        quantised = make().eval()
+        for child in quantised.modules():
+            if isinstance(child, ShiftLinear):
+                child.activations = "int8"
+        quantised(x)
+    assert len(kernels) == before == (1 if make is mixture_linear else 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mixture_linear(experts=("multiply", "int8")),
+        lambda: mixture_linear(experts=("multiply", "shift", "int8"), alpha=(6, 4, 5)),
+        lambda: timm_mlp(norm_layer=nn.LayerNorm),
+        lambda: timm_mlp(act_layer=nn.PReLU),
+        lambda: timm_mlp(GluMlp),
+        lambda: timm_mlp(Own),
+    ],
+    ids=["int8", "three", "norm", "prelu", "glu", "subclass"],
+)
+def test_other_experts_and_mlps_keep_their_own_path(make, kernels):
+    mixture = make().eval()
+    assert isinstance(mixture, Mixture)
+    assert mixture(tokens(20, 8)).isfinite().all()
+    assert kernels == []
+
+
+@torch.no_grad()
+def test_a_replaced_layer_keeps_its_own_path(kernels):
+    class Adapter(nn.Linear):
+        pass
+
+    mixture = timm_mlp().eval()
+    mixture.fc1 = Adapter(8, 12)
+    mixture(tokens(20, 8))
+    assert kernels == []
