@@ -58,9 +58,11 @@ def test_packed_codes_are_small(tmp_path):
     assert sizes[0] - sizes[1] > 0.8 * 4 * (4 * 64 * 64 + 2 * 64 * 256)
 
 
-def test_latencies_travel_with_the_router_weights_only(tmp_path):
+def test_latencies_travel_with_the_artefact_and_not_in_the_recipe(tmp_path):
     model = converted("vitrify")
+    model.blocks[0].mlp.set_alpha((2.0, 1.5))
     save(model, tmp_path / "a")
+    assert load(tmp_path / "a").blocks[0].mlp.alpha == (2.0, 1.5)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["conversion"]["resolved"]["modules"]["blocks.0.mlp"]["primitive"] == "mixture"
     routers = [m.router for m in load(tmp_path / "a").modules() if isinstance(m, Mixture)]

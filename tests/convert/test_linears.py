@@ -177,8 +177,19 @@ def test_packing_keeps_the_outputs():
         count = pack_(model)
         assert torch.equal(model(IMAGES), before)
     assert count == 2 * (2 + 2)  # two projections and the mixture's two shifting layers in each block
+    assert pack_(model) == 0
     conversion = convert_(model, Recipe("back", projections="multiply", mlp="multiply"))
     assert "packed" in {c.detail for c in conversion.refused if c.name == "blocks.0.attn.qkv"}.pop()
+
+
+def test_convolutions_that_are_linear_layers_have_their_role():
+    model = timm.create_model("levit_conv_128s")
+    conversion = convert_(model, recipes.vitrify())
+    changed = {c.name for c in conversion.changed}
+    refused = {c.name: c.detail for c in conversion.refused}
+    assert "stages.0.blocks.0.attn.qkv.linear" in changed
+    assert "use 'shift'" in refused["stages.0.blocks.0.mlp.ln1.linear"]
+    assert not any(name.startswith("stem") for name in (*changed, *refused))
 
 
 @pytest.mark.parametrize("name", ["shiftaddvit", "vitrify"])

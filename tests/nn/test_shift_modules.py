@@ -134,6 +134,7 @@ def test_autocast(bits, dtype, kind):
     shift.pack_()
     with torch.autocast("cpu", dtype):
         assert torch.equal(shift(x), out)
+        assert torch.equal(shift(x.to(dtype)), out)  # the bias is cast where the input needs no cast
 
 
 @kinds

@@ -21,6 +21,7 @@ from vitrify.convert.adapters.base import Adapter
 from vitrify.convert.linears import linear_specs, pack_
 from vitrify.convert.specs import Spec
 from vitrify.errors import InputError
+from vitrify.nn.mixture import Mixture
 
 FORMAT = "vitrify-artefact"
 FORMAT_VERSION = 1
@@ -60,6 +61,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "builder": builder,
         "conversion": conversion and _conversion_record(conversion),
+        # What the experts of a mixture take on the target, which its training and the cost model read.
+        "calibration": {"alpha": {name: list(mixture.alpha) for name, mixture in _mixtures(model).items()}},
         "aliases": aliases,
     }
     recipe = conversion.recipe.to_dict() if conversion else None
@@ -95,6 +98,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{path / WEIGHTS} does not fit {type(model).__name__} with this recipe: {problem}")
     _adopt_dtypes(model, tensors)
     model.load_state_dict(tensors, strict=True)
+    mixtures = _mixtures(model)
+    for name, alpha in config.get("calibration", {}).get("alpha", {}).items():
+        mixtures[name].set_alpha(alpha)
     record = record_as_loaded(config["builder"], model, path)
     if record["library"] != "caller" or not hasattr(model, "_vitrify_builder"):
         model._vitrify_builder = record  # type: ignore[assignment]
@@ -134,6 +140,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def _mixtures(model: nn.Module) -> dict[str, Mixture]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Mixture)}
 
 
 def _check_recorded(converted: dict[str, Spec], recorded: dict[str, Spec]) -> None:

@@ -30,9 +30,9 @@ def pack(
     if folder is None:
         raise InputError(f"there is no artefact at {artefact}: `vitrify convert` or `vitrify finetune` writes one")
     model = load(folder)
-    latent = any(isinstance(layer, (ShiftLinear, ShiftConv2d)) and not layer.packed for layer in model.modules())
+    shifting = any(isinstance(layer, (ShiftLinear, ShiftConv2d)) for layer in model.modules())
     count = pack_(model)
-    if count and not latent:
+    if shifting and not count:
         raise InputError(f"{artefact} is packed already")
     if not count:
         raise InputError(

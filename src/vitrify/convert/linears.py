@@ -126,7 +126,7 @@ def restore_(module: nn.Module) -> None:
 
 
 def pack_(model: nn.Module, names: Collection[str] | None = None) -> int:
-    """Replace the latent weights of the shift layers in `model` by packed codes, for deployment; return how many.
+    """Replace the latent weights of the shift layers in `model` by packed codes, for deployment; return how many were.
 
     Results stay the same; shift layers cannot be trained or converted any more. With `names` only those modules.
     Raises InputError where a weight is not finite or its dtype cannot hold a power of two that is used.
@@ -134,7 +134,7 @@ def pack_(model: nn.Module, names: Collection[str] | None = None) -> int:
     layers = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, (ShiftLinear, ShiftConv2d)) and (names is None or name in names)
+        if isinstance(module, (ShiftLinear, ShiftConv2d)) and not module.packed and (names is None or name in names)
     ]
     for layer in layers:
         layer.pack_()
@@ -160,9 +160,15 @@ def _found(model: nn.Module, attention: Mapping[str, nn.Module]) -> dict[str, tu
             skipped |= {f"{name}.{child}" for child in module.added_children}
         if name in skipped or not (isinstance(module, (nn.Linear, nn.Conv2d)) or _is_mlp(module)):
             continue
-        role = "" if isinstance(module, nn.Conv2d) else _role(name, attention)
+        plain = not isinstance(module, nn.Conv2d) or _is_linear(module)
+        role = _role(name, attention) if plain else ""
         found[name] = (module, role)
     return found
+
+
+def _is_linear(conv: nn.Conv2d) -> bool:
+    """Say whether a convolution is a linear layer over channels: 1 x 1, dense, at every place (levit_conv_*)."""
+    return {*conv.kernel_size, *conv.stride, conv.groups} == {1}
 
 
 def _role(name: str, attention: Mapping[str, nn.Module]) -> str:

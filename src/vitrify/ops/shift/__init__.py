@@ -108,7 +108,8 @@ def shift_linear(
 
     Raises InputError (shapes, dtypes, devices, bits, variant, activations).
     """
-    if isinstance(input, Tensor) and (dtype := _dtype_in_linear(input)) != input.dtype:
+    if isinstance(input, Tensor) and under_autocast(input):
+        dtype = _dtype_in_linear(input)
         input = input.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     validation.check_format(bits, variant)
