@@ -34,9 +34,9 @@ STAGES = 4
 # instructions of each of 4 warps, 0.25 us, of which other programs hide a part); one more launch; partial sums, which
 # cross 3 TB/s twice.
 STEP_US, LAUNCH_US, BYTES_PER_US = 0.2, 2.0, 3e6
-# Codes of a row that a program of the decoder takes, inputs that one of the rounding takes at a time, and channels of
-# a token that one of the joining kernel takes.
-BLOCK_DECODED, BLOCK_ROUNDED, BLOCK_COMBINED = 1024, 1024, 512
+# Codes that a program of the decoder takes, and of a channel at most; inputs that one of the rounding takes at a time,
+# and channels of a token that one of the joining kernel takes.
+TILE_DECODED, BLOCK_DECODED, BLOCK_ROUNDED, BLOCK_COMBINED = 4096, 512, 1024, 512
 # torch's FP8 and INT8 products take multiples of this many inputs and outputs.
 ALIGNMENT = 16
 # What products are made of, by the type of the inputs; a float32 is the sum of three bfloat16.
@@ -120,8 +120,9 @@ def linear(
     wide = input.dtype == torch.float64
     kind = torch.int8 if activations == "int8" else torch.float8_e4m3fn
     shift = 0 if activations == "float" else power_shift(bits, variant, kind)
-    plain = tokens * channels * input.shape[-1] == 0 or (activations != "float" and wide)
-    if plain or (activations == "int8" and shift is None):
+    if tokens * channels * input.shape[-1] == 0:
+        return reference.linear(input, codes, exponent, bias, bits, variant, "float")
+    if activations != "float" and (wide or (activations == "int8" and shift is None)):
         return reference.linear(input, codes, exponent, bias, bits, variant, activations)
     codes, exponent, bias = _adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
     if activations == "float" and (wide or tokens > MOST_TOKENS):
@@ -254,11 +255,14 @@ def _decode(
     shift: int,
 ) -> Tensor:
     """Return weights (channels, padded) in `dtype`; fill `powers`, if given, with what they are to be multiplied by."""
-    weight = codes.new_empty(codes.shape[0], padded, dtype=dtype)
+    channels = codes.shape[0]
+    weight = codes.new_empty(channels, padded, dtype=dtype)
+    block = min(max(triton.next_power_of_2(padded), 16), BLOCK_DECODED)
+    rows = TILE_DECODED // block
     with torch.cuda.device_of(codes):  # type: ignore[no-untyped-call]
-        decode_kernel[codes.shape[0], triton.cdiv(padded, BLOCK_DECODED)](
-            codes, codes.stride(0), exponent, weight, powers, width, padded,
-            BITS=bits, PS=variant == "ps", SHIFT=shift, BLOCK=BLOCK_DECODED, num_warps=4, enable_fp_fusion=False,
+        decode_kernel[triton.cdiv(channels, rows), triton.cdiv(padded, block)](
+            codes, codes.stride(0), exponent, weight, powers, width, padded, channels,
+            BITS=bits, PS=variant == "ps", SHIFT=shift, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return weight
 

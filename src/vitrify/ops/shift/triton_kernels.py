@@ -135,24 +135,26 @@ def quantize_kernel(
 @triton.jit
 def decode_kernel(
     codes, codes_stride, exponent, weight, powers, width, padded,
-    BITS: tl.constexpr, PS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    channels, BITS: tl.constexpr, PS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per channel and BLOCK inputs: the weight (channels, padded) as `weights_of` has it.
+    """One program per ROWS channels and BLOCK inputs: the weight (channels, padded) as `weights_of` has it.
 
     Beyond `width` lies what code 0 stands for, a finite number that meets a 0 in the product. `powers`: float32
     (channels,), 2^(E + SHIFT), or None.
     """
-    channel = tl.program_id(0).to(tl.int64)
     PER_BYTE: tl.constexpr = 2 if BITS <= 4 else 1
-    rows = tl.arange(0, 1)
-    scale = tl.load(exponent + channel + rows).to(tl.int32)
-    places = tl.program_id(1) * (BLOCK // PER_BYTE) + tl.arange(0, BLOCK // PER_BYTE)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_exists = rows < channels
+    power = tl.load(exponent + rows, mask=row_exists, other=0).to(tl.int32)
+    bytes = tl.program_id(1) * (BLOCK // PER_BYTE) + tl.arange(0, BLOCK // PER_BYTE)
     inputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.load(codes + channel * codes_stride + places[None, :], mask=(places * PER_BYTE < width)[None, :], other=0)
-    decoded = weights_of(tile, scale, BITS, PS, weight.dtype.element_ty)
-    tl.store(weight + channel * padded + inputs[None, :], decoded, mask=(inputs < padded)[None, :])
+    pointers = codes + rows.to(tl.int64)[:, None] * codes_stride + bytes[None, :]
+    tile = tl.load(pointers, mask=row_exists[:, None] & (bytes * PER_BYTE < width)[None, :], other=0)
+    decoded = weights_of(tile, power, BITS, PS, weight.dtype.element_ty)
+    pointers = weight + rows.to(tl.int64)[:, None] * padded + inputs[None, :]
+    tl.store(pointers, decoded, mask=row_exists[:, None] & (inputs < padded)[None, :])
     if powers is not None:
-        tl.store(powers + channel + rows, power_of(scale + SHIFT), mask=rows + tl.program_id(1) == 0)
+        tl.store(powers + rows, power_of(power + SHIFT), mask=row_exists)
 
 
 @triton.jit
