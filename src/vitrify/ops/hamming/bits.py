@@ -22,16 +22,14 @@ def words(code_dim: int) -> int:
 def pack_bits(code: Tensor) -> Tensor:
     """Return the bits of codes (..., D), of any dtype, as uint8 (..., ceil(D / 8)): 1 where a code is above 0."""
     dim = code.shape[-1]
-    bits = F.pad((code > 0).to(torch.uint8), (0, -dim % 8)).view(*code.shape[:-1], words(dim), 8)
-    places = torch.arange(8, dtype=torch.uint8, device=code.device)
-    packed: Tensor = (bits << places).sum(-1, dtype=torch.uint8)
-    return packed
+    bits = F.pad((code > 0).to(torch.int32), (0, -dim % 8)).view(*code.shape[:-1], words(dim), 8)
+    return (bits * _places(code)).sum(-1).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, code_dim: int, codes: Codes, dtype: torch.dtype) -> Tensor:
     """Return bits (..., ceil(D / 8)) as codes (..., D) in `dtype`: 0 and 1 ("binary"), or -1 and +1 ("sign")."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :code_dim].to(dtype)
+    found = torch.bitwise_and(packed.to(torch.int32).unsqueeze(-1), _places(packed)) != 0
+    bits = found.flatten(-2)[..., :code_dim].to(dtype)
     return bits if codes == "binary" else 2 * bits - 1
 
 
@@ -41,3 +39,8 @@ def threshold_bits(x: Tensor, threshold: Tensor) -> Tensor:
     The definition of what the GPU's kernel does in one pass over x.
     """
     return pack_bits(x > threshold)
+
+
+def _places(like: Tensor) -> Tensor:
+    """Return what each of a byte's bits is worth. ONNX Runtime adds and masks int32, not uint8."""
+    return torch.tensor([1 << place for place in range(8)], dtype=torch.int32, device=like.device)
