@@ -199,6 +199,14 @@ def test_what_the_kernels_leave_to_plain_pytorch(case):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 80])
+def test_wide_float32_heads_need_shared_memory(monkeypatch, width, dtype):
+    monkeypatch.setattr(triton, "shared_memory", lambda device: 101_376)
+    query, _, value = (t.to(DEVICE, dtype) for t in qkv(1, 1, 3, 3, width, 16))
+    assert triton.fits(query, value) == (width == 64 or dtype == torch.float16)
+
+
 def test_backend_triton_with_gradients():
     assert "triton" in backends(DEVICE)
     leaves = [t.float().to(DEVICE).requires_grad_() for t in qkv(1, 2, 9, 12, 16, 16)]

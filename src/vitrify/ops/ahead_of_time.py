@@ -27,9 +27,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 ARCHITECTURES = (80, 90, 100)
-# Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, compute capabilities). 8.0 has 166,912,
-# but 8.6 and 8.9 (A10, L4), which get the same tiles, have this.
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
+# Shared memory that one program may have, in bytes (CUDA C++ Programming Guide, compute capabilities), and what it has
+# on 8.6, 8.9 and 12.0 (A10, L4, RTX), which get the same tiles as 8.0.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+SMALL_SHARED = 101_376
 # The largest grid along x, and along y and z.
 GRID_LIMIT = (2**31 - 1, 65_535, 65_535)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

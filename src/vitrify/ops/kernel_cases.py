@@ -28,6 +28,7 @@ class Case(NamedTuple):
     quick          whether the quick tests compile it, too
     architectures  compute capabilities that can run it
     plain          kernels in it that multiply nothing, and so use no tensor cores
+    large          kept by the host code from GPUs with little shared memory (compute capabilities 8.6, 8.9, 12.0)
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     quick: bool = False
     architectures: tuple[int, ...] = ARCHITECTURES
     plain: tuple[str, ...] = ()
+    large: bool = False
 
     def launches(self) -> list[Launch]:
         """Return the distinct launches of this case: those of the same kernel with the same constants count once."""
@@ -60,7 +62,7 @@ def taylor() -> Iterator[Case]:
                 what = f"forward and backward, {name}, D = {width}, n = {tokens}{', padded' * padded}"
                 quick = (width, name, tokens, padded) == (64, "bf16", 197, False)
                 call = _later(both, width, dtype, tokens, padded)
-                yield Case(what, call, quick, plain=("combine_kernel",))
+                yield Case(what, call, quick, plain=("combine_kernel",), large=name == "fp32" and width > 64)
 
 
 def hamming() -> Iterator[Case]:
@@ -95,7 +97,8 @@ def hamming() -> Iterator[Case]:
             what = f"codes as {stored}, {name}, D = {width}, n = {tokens}{', padded' * padded}"
             quick = (width, name, stored, tokens, padded) == (64, "bf16", "bits", 197, False)
             call = _later(run, width, DTYPES[name], tokens, stored, padded)
-            yield Case(what, call, quick, plain=("join_kernel",))
+            large = (stored, name) == ("numbers", "fp32") and width > 64
+            yield Case(what, call, quick, plain=("join_kernel",), large=large)
 
 
 def shift() -> Iterator[Case]:
@@ -111,12 +114,11 @@ def shift() -> Iterator[Case]:
 
     fc1, fc2, masked, least = (768, 3072), (3072, 768), (75, 70), (1, 1)
     several = [
-        *itertools.product((1, 64, 197), (fc1,), (4,), ("ps",), DTYPES, ("float",)),
-        *itertools.product((64,), (fc2,), (4, 5), ("q",), ("bf16", "fp16"), ("float",)),
-        *itertools.product((197,), (masked, least), (4,), ("q",), ("fp16", "fp32"), ("float",)),
-        *itertools.product((197,), (fc1,), (3, 4, 5, 6), ("ps", "q"), ("bf16",), ("float8",)),
+        *itertools.product((64, 197), (fc1,), (4,), ("ps",), DTYPES, ("float",)),
+        *itertools.product((1,), (fc2, least), (4,), ("q",), ("bf16",), ("float",)),
+        *itertools.product((197,), (fc2, masked), (5,), ("q",), ("bf16", "fp16"), ("float",)),
+        *itertools.product((197,), (fc1,), (4, 5, 6), ("ps",), ("bf16",), ("float8",)),
         *itertools.product((64,), (fc2, masked), (4,), ("ps",), ("bf16",), ("int8", "float8")),
-        *itertools.product((197,), (fc1,), (4,), ("ps",), ("bf16",), ("int8",)),
         *itertools.product((12_608,), (fc1,), (4,), ("ps",), ("bf16", "fp32"), ("float", "int8", "float8")),
     ]
     for tokens, (width, channels), bits, variant, name, activations in several:
@@ -128,8 +130,36 @@ def shift() -> Iterator[Case]:
         yield Case(what, call, quick, architectures, plain)
 
 
+def mixture() -> Iterator[Case]:
+    """Layers of a ViT-B on few tokens (codes in registers) and on many (in memory), and of widths with masks."""
+    triton = gpu.kernels("experts.triton")
+
+    def run(shape: tuple[int, int, int], bits: int, variant: str, dtype: torch.dtype) -> None:
+        tokens, width, channels = shape
+        codes = _meta(channels, -(-width // 2) if bits <= 4 else width, dtype=torch.uint8)
+        exponent, bias = _meta(channels, dtype=torch.int8), _meta(channels, dtype=dtype)
+        x, weight = _meta(tokens, width, dtype=dtype), _meta(channels, width, dtype=dtype)
+        order, counts = triton.order_tokens(x, _meta(2, width, dtype=dtype), _meta(2, dtype=dtype))
+        triton.linear(x, order, counts, weight, bias, codes, exponent, bias, bits, variant, True, True)
+
+    several = [
+        *itertools.product((64, 197, 1576, 12_608), ((768, 3072), (3072, 768)), (4,), ("ps",), ("bf16",)),
+        *itertools.product((197, 1576), ((75, 70),), (6,), ("q",), ("fp16",)),
+    ]
+    for tokens, (width, channels), bits, variant, name in several:
+        what = f"{bits}-bit {variant}, {name}, ({tokens}, {width}, {channels})"
+        quick = (tokens, width) == (197, 768)
+        call = _later(run, (tokens, width, channels), bits, variant, DTYPES[name])
+        yield Case(what, call, quick, plain=("choose_kernel", "place_kernel", "decode_kernel"))
+
+
 # Every primitive with kernels. A new one stands here, and nowhere else.
-PRIMITIVES: dict[str, Callable[[], Iterator[Case]]] = {"taylor": taylor, "hamming": hamming, "shift": shift}
+PRIMITIVES: dict[str, Callable[[], Iterator[Case]]] = {
+    "taylor": taylor,
+    "hamming": hamming,
+    "shift": shift,
+    "mixture": mixture,
+}
 
 
 def _later(function: Callable[..., object], *arguments: object) -> Callable[[], object]:

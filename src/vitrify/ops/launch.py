@@ -45,6 +45,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have: 166,912 from compute capability 8.0, less on 8.6."""
+    if device.type != "cuda":
+        return 2**18
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
 def strided(*tensors: Tensor) -> tuple[Tensor | tuple[int, ...], ...]:
     """Return every tensor followed by its strides, as the kernels take them."""
     return tuple(item for t in tensors for item in (t, t.stride()))

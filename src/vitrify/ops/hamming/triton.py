@@ -21,7 +21,7 @@ from vitrify.ops.hamming.aten import Code
 from vitrify.ops.hamming.triton_kernels import apply_kernel, gram_kernel, join_kernel, pack_kernel, whole_kernel
 from vitrify.ops.launch import Plan, mask_arguments, plan, processors, strided
 from vitrify.ops.taylor.cpu import tokens_first
-from vitrify.ops.taylor.triton import stream
+from vitrify.ops.taylor.triton import holds, stream
 
 # The widest codes and values: wider ones would not fit a program's registers.
 MAX_WIDTH = 128
@@ -73,7 +73,8 @@ def backward(
     Those of codes that are no floating numbers are empty.
     """
     queries, keys = query_code.shape[2], key_code.shape[2]
-    if not fits(value, queries, code):
+    streamed = [x for x, c in ((grad, query_code), (value, key_code)) if c.is_floating_point()]
+    if not fits(value, queries, code) or not all(holds(max(code.dim, value.shape[3]), x) for x in streamed):
         return aten.backward(grad, query_code, key_code, value, keep, matrices, code)
     shared = plan(value.shape[0] * value.shape[1], queries, keys, processors(value.device), divide=True)
     assert shared is not None

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitrify.ops.launch import mask_arguments, plan, processors, strided
+from vitrify.ops.launch import mask_arguments, plan, processors, shared_memory, strided
 from vitrify.ops.taylor import aten
 from vitrify.ops.taylor.cpu import tokens_first
 from vitrify.ops.taylor.reference import AffineState
@@ -28,24 +28,29 @@ from vitrify.ops.taylor.triton_kernels import (
 
 # The widest head whose matrix a program can hold in its registers, and the widest that leaves room beside it.
 MAX_WIDTH, NARROW = 128, 64
+# Bytes of shared memory that a matrix wider than NARROW takes with float32 inputs: twice, for three-fold TF32. GPUs of
+# compute capability 8.6, 8.9 and 12.0 do not have them.
+WIDE_FLOAT32 = 160_000
 # Entries of a matrix per program, and records per step, when the parts of a head are joined.
 ENTRIES, TOGETHER = 256, 8
 
 
 def fits(query: Tensor, value: Tensor) -> bool:
-    """Say whether the kernels take these inputs: no float64, no head wider than MAX_WIDTH, nothing empty."""
-    return (
-        query.dtype != torch.float64
-        and max(query.shape[3], value.shape[3]) <= MAX_WIDTH
-        and query.numel() > 0
-        and value.numel() > 0
-    )
+    """Say whether the kernels take these inputs: no float64, nothing empty, no head wider than a program can hold."""
+    width = max(query.shape[3], value.shape[3])
+    return query.dtype != torch.float64 and query.numel() > 0 and value.numel() > 0 and holds(width, query)
+
+
+def holds(width: int, x: Tensor) -> bool:
+    """Say whether a program can hold a matrix of `width` to multiply x, of its dtype and on its device, with it."""
+    large = x.dtype == torch.float32 and width > NARROW
+    return width <= MAX_WIDTH and not (large and shared_memory(x.device) < WIDE_FLOAT32)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, AffineState]:
     """Z = vbar + Q M as (B, H, Nq, Dv) in memory order (B, Nq, H, Dv), and the state for `backward`, in float32.
 
-    float64 inputs, heads wider than 128 and empty inputs go to `aten`, here and in `backward`.
+    What does not fit, float64 and heads wider than 128 among it, goes to `aten`, here and in `backward`.
     """
     out = tokens_first(query, query.shape[2], value.shape[3])
     if not fits(query, value):
