@@ -16,7 +16,7 @@ from vitrify.cost import attention_leaves
 from vitrify.cost.aten import convolution
 from vitrify.cost.graph import Operand, Primitive
 from vitrify.cost.mixture_leaf import mixture, shares
-from vitrify.cost.tensors import bits_of
+from vitrify.cost.tensors import bits_of, numel
 from vitrify.cost.trace import Tracer
 from vitrify.nn import Hamming, IntLinear, Mixture, ShiftConv2d, ShiftLinear, Taylor, TaylorSparse
 from vitrify.nn.binarise import Binariser
@@ -54,7 +54,10 @@ def install(
 
 
 def shift(tracer: Tracer, module: ShiftLinear | ShiftConv2d, name: str, input: Tensor) -> Tensor:
-    """Products by shifting; the weight is `bits` wide, and an int8 exponent per output channel scales it."""
+    """Products by shifting; the weight is `bits` wide, and an int8 exponent per output channel scales it.
+
+    With 8-bit activations the tokens are rounded first, and their steps scale the results.
+    """
     g, x = tracer.builder, tracer.operand(input)
     shape = module._weight_shape()
     holds = "codes" if module.packed else "weight"
@@ -67,6 +70,15 @@ def shift(tracer: Tracer, module: ShiftLinear | ShiftConv2d, name: str, input: T
         else:
             out = F.linear(input, blank, module.bias)
     bias = None if module.bias is None else tracer.operand(module.bias)
+    if isinstance(module, ShiftLinear) and module.activations != "float":
+        rounded, peak = round_tokens(tracer, x)
+        bits = (ACTIVATION_BITS, module.bits, 32)
+        with g.kernel():
+            sums = linear(tracer, rounded, weights, None, out, primitive="shift", bits=bits)
+            result = g.vector("mul", [sums, peak], out.shape, bits=bits_of(out))
+            if bias is not None:
+                result = g.vector("add", [result, bias], out.shape, bits=bits_of(out))
+        return tracer.bind(out, result)
     with g.kernel():
         if isinstance(module, ShiftConv2d):
             result = convolution(g, x, weights, bias, tuple(out.shape), module.groups, primitive="shift")
@@ -86,11 +98,7 @@ def integer(tracer: Tracer, module: IntLinear, input: Tensor) -> Tensor:
     latent = tracer.operand(module.weight)
     weight = Operand(latent.tensor, latent.shape, module.bits, "weight")
     steps = Operand(f"{latent.tensor}.step", latent.shape[:1], bits_of(input), "weight")
-    rows = (*input.shape[:-1], 1)
-    with g.kernel():
-        peak = g.vector("compare", [x], rows, input.numel())
-        inverse = g.vector("div", [peak], rows)
-        rounded = g.vector("mul", [x, inverse], input.shape, bits=ACTIVATION_BITS)
+    rounded, peak = round_tokens(tracer, x)
     with g.kernel():
         sums = linear(
             tracer, rounded, (weight,), None, out, primitive="multiply", bits=(ACTIVATION_BITS, module.bits, 32)
@@ -100,6 +108,15 @@ def integer(tracer: Tracer, module: IntLinear, input: Tensor) -> Tensor:
         if module.bias is not None:
             result = g.vector("add", [result, tracer.operand(module.bias)], out.shape, bits=bits_of(out))
     return tracer.bind(out, result)
+
+
+def round_tokens(tracer: Tracer, x: Operand) -> tuple[Operand, Operand]:
+    """Append the rounding of each token to 8 bits, and return the result and the tokens' largest magnitudes."""
+    g, rows = tracer.builder, (*x.shape[:-1], 1)
+    with g.kernel():
+        peak = g.vector("compare", [x], rows, numel(x.shape))
+        inverse = g.vector("div", [peak], rows)
+        return g.vector("mul", [x, inverse], x.shape, bits=ACTIVATION_BITS), peak
 
 
 def linear(

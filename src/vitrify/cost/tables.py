@@ -31,7 +31,7 @@ class Entry:
     value     in `unit`: "pJ", "um2", "pJ/16bit" (for so many bits moved), "MAC/16bit" (relative), "ratio"
     node_nm   the process that it holds for; None if its source does not say
     source    the citation
-    status    "published", or "derived", and then `how` says from what
+    status    "published", or "derived", and then `how` says from what; a target's also "measured", "fitted", "assumed"
     range     the least and the greatest value met, where sources disagree
     """
 
@@ -39,7 +39,7 @@ class Entry:
     unit: str
     node_nm: float | None
     source: str
-    status: Literal["published", "derived"]
+    status: Literal["published", "derived", "measured", "fitted", "assumed"]
     how: str = ""
     range: tuple[float, float] | None = None
 
