@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
     from vitrify.cost.energy import energy
+    from vitrify.cost.explain import explain
+    from vitrify.cost.latency import latency
     from vitrify.cost.workload import Workload, workload
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
 
@@ -36,7 +38,9 @@ _PUBLIC = {
     "convert_": "vitrify.convert",
     "create_model": "vitrify.artefact",
     "energy": "vitrify.cost.energy",
+    "explain": "vitrify.cost.explain",
     "export_onnx": "vitrify.artefact",
+    "latency": "vitrify.cost.latency",
     "load": "vitrify.artefact",
     "nn": "vitrify.nn",
     "ops": "vitrify.ops",
@@ -58,7 +62,9 @@ __all__ = [
     "convert_",
     "create_model",
     "energy",
+    "explain",
     "export_onnx",
+    "latency",
     "load",
     "nn",
     "ops",
