@@ -23,6 +23,7 @@ ALLOWED = {
     "data": set(),
     "artefact": {"convert", "models"},
     "train": {"convert", "artefact", "data", "nn", "ops"},
+    "tvm": {"ops", "nn", "convert", "artefact"},
     # models: it builds them by name, and they register themselves with timm when they are imported.
     "bench": {"ops", "nn", "convert", "models"},
 }

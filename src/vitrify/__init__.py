@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitrify.cost.latency import latency
     from vitrify.cost.workload import Workload, workload
     from vitrify.errors import InputError, UnsupportedError, VitrifyError
+    from vitrify.tvm import export_tvm
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _PUBLIC = {
     "energy": "vitrify.cost.energy",
     "explain": "vitrify.cost.explain",
     "export_onnx": "vitrify.artefact",
+    "export_tvm": "vitrify.tvm",
     "latency": "vitrify.cost.latency",
     "load": "vitrify.artefact",
     "nn": "vitrify.nn",
@@ -64,6 +66,7 @@ __all__ = [
     "energy",
     "explain",
     "export_onnx",
+    "export_tvm",
     "latency",
     "load",
     "nn",
