@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vitrify.bench.models import build, check_cores, cost
+from vitrify.bench.model_checks import check_parts
+from vitrify.bench.models import build, cost
 from vitrify.bench.registry import prepare
 from vitrify.convert import AttentionSpec, Recipe, convert_, recipes
 from vitrify.errors import InputError
@@ -9,7 +10,8 @@ from vitrify.nn.attention import named_cores
 from vitrify.nn.cores import Taylor
 
 # timm's smallest ViT: 6 blocks, width 64, 2 heads of 32, patches of 16.
-CASE = {"model": "test_vit", "image_size": 160, "batch_size": 1, "recipe": "taylor", "compile": False, "device": "cpu"}
+CASE = {"model": "test_vit", "image_size": 160, "batch_size": 1, "recipe": "taylor", "device": "cpu"}
+CASE |= {"compile": False, "runtimes": False}
 
 
 def test_both_contenders_pass_their_checks():
@@ -26,13 +28,13 @@ def test_a_wrong_core_is_found(monkeypatch):
     model = build("test_vit", 160).eval()
     convert_(model, recipes.taylor())
     images = torch.randn(1, 3, 160, 160)
-    assert check_cores(model, images).passed
+    assert check_parts(model, images).passed
     last = list(named_cores(model).values())[-1]
     right = Taylor.forward
     monkeypatch.setattr(
         Taylor, "forward", lambda self, *args, **kwargs: right(self, *args, **kwargs) * (1.001 if self is last else 1)
     )
-    check = check_cores(model, images)
+    check = check_parts(model, images)
     assert not check.passed
     assert "attention cores" in check.against
 
@@ -40,7 +42,7 @@ def test_a_wrong_core_is_found(monkeypatch):
 def test_squares_are_checked_in_float64():
     model = build("test_vit", 160).eval()
     convert_(model, Recipe("squares", AttentionSpec("taylor", squares=True)))
-    check = check_cores(model, torch.randn(1, 3, 160, 160))
+    check = check_parts(model, torch.randn(1, 3, 160, 160))
     assert check.passed, check
     assert "float64" in check.against
 

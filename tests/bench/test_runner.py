@@ -47,7 +47,7 @@ def calls(monkeypatch):
     monkeypatch.setitem(registry.BENCHMARKS, "fake", "fake_benchmark")
     monkeypatch.setattr(memory, "resident_peak_of", lambda module, request: 1.5)
     limits = iter([Roofline(10.0, 4.0, "float32"), Roofline(8.0, 5.0, "float32")])
-    monkeypatch.setattr(roofline, "probe", lambda device, dtype: next(limits))
+    monkeypatch.setattr(roofline, "probe", lambda device, dtype, narrow: next(limits))
     return counts
 
 

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitrify.bench.registry import Check
 
 MAX_ROWS = 256
-Kind = Literal["softmax", "taylor"]
+Kind = Literal["softmax", "taylor", "sums"]
 
 
 def sample_rows(num_queries: int, device: torch.device) -> Tensor:
@@ -30,13 +31,16 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
         key: (batch, heads, keys, head_dim).
         value: (batch, heads, keys, value_dim).
         scale: what the scores are multiplied by.
-        kind: "softmax", or "taylor": weights (1 + scale q.k^) / keys, keys centred over the tokens (docs/papers.md 1).
+        kind: "softmax", "taylor": weights (1 + scale q.k^) / keys, keys centred over the tokens (docs/papers.md 1), or
+            "sums": the products q.k themselves are the weights, as among codes.
 
     Returns:
         (batch, heads, queries, value_dim).
     """
     if kind == "softmax":
         return (query @ key.mT * scale).softmax(dim=-1) @ value
+    if kind == "sums":
+        return query @ key.mT @ value
     centred = key - key.mean(dim=-2, keepdim=True)
     return (1 + query @ centred.mT * scale) / key.shape[-2] @ value
 
@@ -59,3 +63,37 @@ def check_attention(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *
 
 def _error(output: Tensor, exact: Tensor) -> float:
     return (output.double() - exact).abs().max().item()
+
+
+# What a rounded input may shift: INT8 sums are exact; FP8 tensor cores keep 14 bits of a sum.
+ROUNDED_TOLERANCE = {"int8": 1e-6, "float8": 2.0**-10}
+
+
+def check_linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, rounding: str) -> Check:
+    """Compare a linear layer's `output` (rows, out) with float64, on up to `MAX_ROWS` rows of its input (rows, in).
+
+    weight: (out, in), the one that the layer stands for. rounding: what the layer does to each row of its input:
+    "float" (nothing), "int8" (to integers, scale max / 127) or "float8" (to E4M3, scale max / 448).
+    The allowed error is twice what plain PyTorch loses in the input's dtype, or what the narrow format may lose, plus
+    an epsilon band. Any NaN or infinity in the whole output fails.
+    """
+    rows = sample_rows(len(input), input.device)
+    picked, wide = input[rows], weight.double()
+    exact = F.linear(_rounded(picked, rounding).double(), wide, None if bias is None else bias.double())
+    plain = F.linear(picked, weight.to(input.dtype), bias)
+    unrounded = F.linear(picked.double(), weight.to(input.dtype).double(), None if bias is None else bias.double())
+    largest = exact.abs().max().item()
+    tolerance = 2 * _error(plain, unrounded) / largest + 8 * torch.finfo(input.dtype).eps
+    tolerance += ROUNDED_TOLERANCE.get(rounding, 0)
+    error = _error(output[rows], exact) / largest if bool(output.isfinite().all()) else float("nan")
+    return Check(error, tolerance, f"float64 on {rounding} inputs, {len(rows)} of {len(input)} rows")
+
+
+def _rounded(x: Tensor, rounding: str) -> Tensor:
+    if rounding == "float":
+        return x
+    largest = 127 if rounding == "int8" else 448
+    scale = x.float().abs().amax(-1, keepdim=True) / largest
+    values = x.float() / scale
+    rounded = values.round() if rounding == "int8" else values.to(torch.float8_e4m3fn)
+    return rounded.double() * scale.double()

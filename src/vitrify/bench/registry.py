@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from vitrify.errors import unknown
 
 Case = Mapping[str, Any]
 
-BENCHMARKS = {"attention": "vitrify.bench.attention", "models": "vitrify.bench.models"}
+BENCHMARKS = {
+    "attention": "vitrify.bench.attention",
+    "shift": "vitrify.bench.shift",
+    "hamming": "vitrify.bench.hamming",
+    "models": "vitrify.bench.models",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Prepared:
     """A benchmark made ready for one case. `inputs(seed)` draws a new random input on `device`, never zeros.
 
     `rotation`: how many inputs to rotate through. `baselines`: each contender and the one it is compared with.
+    `not_run`: who else belongs here but cannot run on this machine, and why.
     """
 
     inputs: Callable[[int], Any]
@@ -61,6 +67,7 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     rotation: int
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(benchmark: str, case: Case) -> Prepared:

@@ -20,13 +20,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case. A refused one has no timing: `refused` says why."""
+    """One contender in one case. One that was wrong (`refused`) or is not to be had (`not_run`) has no timing."""
 
     case: dict[str, object]
     contender: str
-    cost: roofline.Cost
+    cost: roofline.Cost | None
     check: Check | None = None
     refused: str | None = None
+    not_run: str | None = None
     timing: Timing | None = None
     baseline: str | None = None
     speedup: Speedup | None = None
@@ -38,12 +39,14 @@ class Row:
             "case": self.case,
             "contender": self.contender,
             "refused": self.refused,
+            "not_run": self.not_run,
             "check": self.check and asdict(self.check),
             "timing": self.timing and asdict(self.timing),
             "speedup": self.speedup and {"over": self.baseline, **self.speedup.to_dict()},
             "peak_mib": self.peak_mib,
-            "flops": self.cost.flops,
-            "bytes_moved": self.cost.bytes_moved,
+            "flops": self.cost and self.cost.flops,
+            "narrow_flops": self.cost and dict(self.cost.narrow),
+            "bytes_moved": self.cost and self.cost.bytes_moved,
         }
 
 
@@ -76,7 +79,10 @@ class Result:
             "timing_method": "contenders interleaved, order and inputs rotated, warm-up before; ms of one call",
             "memory_method": self.memory_method,
             "roofline": asdict(self.roofline),
-            "rows": [{**row.to_dict(), "floor_ms": self.roofline.floor_ms(row.cost)} for row in self.rows],
+            "rows": [
+                {**row.to_dict(), "floor_ms": self.roofline.floor_ms(row.cost) if row.cost else None}
+                for row in self.rows
+            ],
         }
 
     def write(self, folder: Path) -> Path:
@@ -99,7 +105,7 @@ def run(
 
     Args:
         benchmark: a name in `registry.BENCHMARKS`.
-        cases: at least one, all on one device and dtype.
+        cases: at least one, all on one device and dtype and with the same contenders.
         seconds: how long to time each case; a round of slow contenders may make it longer (`timing.MIN_ROUNDS`).
         seed: seeds the inputs.
         command: what to record as the command that gives these numbers again.
@@ -108,12 +114,13 @@ def run(
     prepared = registry.prepare(benchmark, cases[0])
     machine = describe(prepared.device)  # before anything loads the machine
     progress("probing memory bandwidth and arithmetic")
-    limits = roofline.probe(prepared.device, prepared.dtype)
+    narrow = {name for contender in prepared.contenders for name in contender.cost.narrow}
+    limits = roofline.probe(prepared.device, prepared.dtype, narrow)
     rows = []
     for case in cases:
         rows.extend(_run_case(benchmark, case, seconds=seconds, seed=seed, progress=progress))
     progress("probing again, in case the machine was busy the first time")
-    limits = limits.best(roofline.probe(prepared.device, prepared.dtype))
+    limits = limits.best(roofline.probe(prepared.device, prepared.dtype, narrow))
     method = memory.METHODS["cuda" if prepared.device.type == "cuda" else "resident"]
     return Result(benchmark, machine, seed, seconds, limits, method, command, rows)
 
@@ -149,7 +156,8 @@ def _run_case(benchmark: str, case: Case, *, seconds: float, seed: int, progress
                 peak_mib=_peak(benchmark, case, contender, prepared, inputs[0], seed) if own is not None else None,
             )
         )
-    return rows
+    absent = (Row(dict(case), name, cost=None, not_run=why) for name, why in prepared.not_run.items())
+    return [*rows, *absent]
 
 
 def _check(contender: Contender, argument: object) -> Check | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from vitrify.bench.roofline import Roofline
 from vitrify.bench.runner import Result, Row
 
 
@@ -20,9 +21,7 @@ def table(result: Result) -> Table:
         if previous is not None and row.case != previous:
             out.add_section()
         previous = row.case
-        out.add_row(
-            *(str(row.case[key]) for key in varying), row.contender, *_cells(row, result.roofline.floor_ms(row.cost))
-        )
+        out.add_row(*(str(row.case[key]) for key in varying), row.contender, *_cells(row, result.roofline))
     return out
 
 
@@ -31,9 +30,11 @@ def milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cells(row: Row, floor_ms: float) -> tuple[str, ...]:
+def _cells(row: Row, limits: Roofline) -> tuple[str, ...]:
+    floor = milliseconds(limits.floor_ms(row.cost)) if row.cost else ""
     if row.timing is None:
-        return (f"[red]refused[/]: {row.refused}", "", "", "", "", milliseconds(floor_ms))
+        why = f"not run: {row.not_run}" if row.not_run else f"[red]refused[/]: {row.refused}"
+        return (why, "", "", "", "", floor)
     speed = row.speedup
     verdict = {"faster": "green", "slower": "red", "within noise": "yellow"}
     return (
@@ -42,7 +43,7 @@ def _cells(row: Row, floor_ms: float) -> tuple[str, ...]:
         f"{speed.ratio:.2f}x ({speed.p10:.2f} - {speed.p90:.2f})" if speed else "",
         f"[{verdict[speed.verdict]}]{speed.verdict}[/]" if speed else "",
         f"{row.peak_mib:.1f}" if row.peak_mib is not None else "",
-        milliseconds(floor_ms),
+        floor,
     )
 
 

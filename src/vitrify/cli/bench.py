@@ -1,4 +1,4 @@
-"""`vitrify bench`: measure attention, or whole models, against their originals; what fails its check is not timed."""
+"""`vitrify bench`: measure operators, or whole models, against what they replace; what fails its check is not timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Measure attention, or whole models, against their originals. Wrong outputs are refused, not timed.",
+    help="Measure operators, or whole models, against what they replace. Wrong outputs are refused, not timed.",
 )
 
 BatchOption = Annotated[int, options.at_least(1, "Images at a time.")]
@@ -31,6 +31,7 @@ OutputOption = Annotated[
 ]
 SeedOption = Annotated[int, options.at_least(0, "Seed of the random inputs.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Add every contender under torch.compile.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench attention --tokens 197,1025 --output benchmarks/results")
@@ -39,7 +40,7 @@ def attention(
     heads: Annotated[int, options.at_least(1, "Attention heads.")] = 12,
     head_dim: Annotated[int, options.at_least(1, "Width of one head.")] = 64,
     batch_size: BatchOption = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: DtypeOption = "float32",
     compile: CompileOption = False,
     device: options.DeviceOption = "auto",
     seconds: SecondsOption = 10.0,
@@ -63,6 +64,63 @@ def attention(
     _run("attention", cases, seconds=seconds, seed=seed, output=output)
 
 
+@app.command(epilog="[bold]Example[/bold]\n\nvitrify bench shift --shapes 197x768x3072,1x768x3072 --dtype bfloat16")
+def shift(
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWSxINxOUT,...",
+            help="Shapes of the layer.",
+            show_default="MLPs of ViT and PVTv2; on a CPU, nine of them",
+        ),
+    ] = None,
+    dtype: DtypeOption = "float32",
+    compile: CompileOption = False,
+    device: options.DeviceOption = "auto",
+    seconds: SecondsOption = 1.0,
+    seed: SeedOption = 0,
+    output: OutputOption = None,
+) -> None:
+    """Time a shift layer: F.linear against 4-bit codes, with float, int8 and float8 activations.
+
+    Beside them torch's own INT8 and FP8 products and 4-bit integer weights, where this machine has them.
+    """
+    from vitrify.bench.shift import FULL, QUICK
+
+    where = str(options.pick_device(device))
+    chosen = _shapes("--shapes", shapes, 3) if shapes else (FULL if where.startswith("cuda") else QUICK)
+    fixed = {"dtype": dtype, "compile": compile, "device": where}
+    cases = [{"rows": rows, "inputs": inputs, "outputs": outputs, **fixed} for rows, inputs, outputs in chosen]
+    _run("shift", cases, seconds=seconds, seed=seed, output=output)
+
+
+@app.command(epilog="[bold]Example[/bold]\n\nvitrify bench hamming --shapes 1x3x197x64x64 --dtype bfloat16")
+def hamming(
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BxHxNxDxC,...",
+            help="Batch, heads, tokens, width of the values, width of the codes.",
+            show_default="the three of ShiftAddViT's kernel benchmark",
+        ),
+    ] = None,
+    dtype: DtypeOption = "float32",
+    compile: CompileOption = False,
+    device: options.DeviceOption = "auto",
+    seconds: SecondsOption = 2.0,
+    seed: SeedOption = 0,
+    output: OutputOption = None,
+) -> None:
+    """Time attention among binary codes: the op against matrix products of the codes, masked sums, and SDPA."""
+    from vitrify.bench.hamming import SHAPES
+
+    names = ("batch_size", "heads", "tokens", "value_dim", "code_dim")
+    fixed = {"dtype": dtype, "compile": compile, "device": str(options.pick_device(device))}
+    chosen = _shapes("--shapes", shapes, 5) if shapes else SHAPES
+    cases = [{**dict(zip(names, shape, strict=True)), **fixed} for shape in chosen]
+    _run("hamming", cases, seconds=seconds, seed=seed, output=output)
+
+
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench models --models deit_tiny_patch16_224:384 --compile")
 def models(
     models: Annotated[
@@ -76,6 +134,10 @@ def models(
     recipe: options.RecipeOption = "taylor",
     batch_size: BatchOption = 1,
     compile: CompileOption = False,
+    runtimes: Annotated[
+        bool,
+        typer.Option("--runtimes", help="Add bfloat16, torch's dynamic INT8, ONNX Runtime (float32, INT8), OpenVINO."),
+    ] = False,
     device: options.DeviceOption = "auto",
     seconds: SecondsOption = 20.0,
     seed: SeedOption = 0,
@@ -83,7 +145,8 @@ def models(
 ) -> None:
     """Time whole models, the original against its conversion, with random weights and images.
 
-    The original must equal its own conversion with the softmax recipe, and every converted attention its float64 value.
+    The original must equal its own conversion with the softmax recipe; every converted attention and every shift layer
+    (packed) its float64 value.
     """
     from vitrify.errors import InputError
 
@@ -99,6 +162,7 @@ def models(
                 "batch_size": batch_size,
                 "recipe": recipe,
                 "compile": compile,
+                "runtimes": runtimes,
                 "device": str(options.pick_device(device)),
             }
         )
@@ -149,16 +213,26 @@ def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float, seed: 
     first = cases[0]
     if benchmark == "models":
         names = ",".join(f"{case['model']}:{case['image_size']}" for case in cases)
-        chosen = f"--models {names} --recipe {shlex.quote(first['recipe'])}"
-    else:
+        chosen = f"--models {names} --recipe {shlex.quote(first['recipe'])} --batch-size {first['batch_size']}"
+    elif benchmark == "attention":
         tokens = ",".join(str(case["tokens"]) for case in cases)
-        chosen = f"--tokens {tokens} --heads {first['heads']}"
-        chosen += f" --head-dim {first['head_dim']} --dtype {first['dtype']}"
-    compiled = " --compile" if first["compile"] else ""
-    return (
-        f"vitrify bench {benchmark} {chosen} --batch-size {first['batch_size']}{compiled} "
-        f"--device {first['device']} --seconds {seconds:g} --seed {seed}"
-    )
+        chosen = f"--tokens {tokens} --heads {first['heads']} --head-dim {first['head_dim']} --dtype {first['dtype']}"
+        chosen += f" --batch-size {first['batch_size']}"
+    else:
+        shapes = ("x".join(str(size) for size in case.values() if type(size) is int) for case in cases)
+        chosen = f"--shapes {','.join(shapes)} --dtype {first['dtype']}"
+    flags = "".join(f" --{flag}" for flag in ("compile", "runtimes") if first.get(flag))
+    return f"vitrify bench {benchmark} {chosen}{flags} --device {first['device']} --seconds {seconds:g} --seed {seed}"
+
+
+def _shapes(option: str, text: str, sizes: int) -> list[tuple[int, ...]]:
+    from vitrify.errors import InputError
+
+    shapes = [tuple(_whole_number(option, size) for size in entry.split("x")) for entry in text.split(",")]
+    for shape in shapes:
+        if len(shape) != sizes:
+            raise InputError(f"{option}: each shape has {sizes} sizes with x between, not {'x'.join(map(str, shape))}")
+    return shapes
 
 
 def _whole_number(option: str, text: str) -> int:

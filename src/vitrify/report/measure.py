@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitrify.bench.memory import allocated_peak_mib
-from vitrify.bench.models import check_cores
+from vitrify.bench.model_checks import check_parts
 from vitrify.bench.observe import named_cores
 from vitrify.bench.reference import check_attention
 from vitrify.bench.timing import Speedup, Timing, interleave, speedup
@@ -82,9 +82,9 @@ def compare(original: nn.Module, converted: nn.Module, images: Tensor, *, second
     attend = {"softmax": _bind(core), "taylor": _bind(Taylor())}
     _require_sound(seen, attend)
     for model in (original, converted):
-        check = check_cores(model, images)
+        check = check_parts(model, images)
         if not check.passed:
-            raise VitrifyError(f"a core of {type(model).__name__} is wrong, so it is not timed: {check}")
+            raise VitrifyError(f"a part of {type(model).__name__} is wrong, so it is not timed: {check}")
     cores = interleave(attend, [seen], seconds=seconds, device=images.device)
     models = interleave({"softmax": original, "taylor": converted}, [images], seconds=seconds, device=images.device)
     unfused = _bind(Softmax(fused=False))
