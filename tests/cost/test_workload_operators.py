@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import get_args
 
@@ -189,3 +190,11 @@ def test_a_name_is_not_a_model():
         InputError, match=r"model must be a torch\.nn\.Module, not str: vitrify\.create_model builds one"
     ):
         workload("deit_tiny_patch16_224")
+
+
+def test_a_refused_input_is_reported_once(capfd):
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with pytest.raises(InputError, match="refuses inputs"):
+        workload(Call(lambda x: x + torch.zeros(7)), example_inputs=torch.zeros(3))
+    assert capfd.readouterr().err == ""
+    assert not log.disabled

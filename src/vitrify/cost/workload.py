@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -90,7 +92,7 @@ def workload(
 
 def _run(tracer: Tracer, mode: FakeTensorMode, model: nn.Module, args: Any, kwargs: Any) -> None:
     try:
-        with mode, tracing(tracer, model):
+        with _quietly(), mode, tracing(tracer, model):
             model(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedError(
@@ -107,6 +109,17 @@ def _run(tracer: Tracer, mode: FakeTensorMode, model: nn.Module, args: Any, kwar
             f"{type(model).__name__} refuses inputs of shape {', '.join(map(str, shapes))}, at "
             f"{_where(tracer, model)}: {type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep fake tensors from logging, with its traceback, the error that is raised anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _where(tracer: Tracer, model: nn.Module) -> str:
