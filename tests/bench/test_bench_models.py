@@ -1,11 +1,15 @@
+import importlib.util
+
 import pytest
 import torch
 
 from vitrify.bench.model_checks import check_parts
 from vitrify.bench.models import build, cost
 from vitrify.bench.registry import prepare
-from vitrify.convert import AttentionSpec, Recipe, convert_, recipes
+from vitrify.bench.runtimes import runtimes
+from vitrify.convert import AttentionSpec, Recipe, convert_, pack_, recipes
 from vitrify.errors import InputError
+from vitrify.nn import ShiftLinear
 from vitrify.nn.attention import named_cores
 from vitrify.nn.cores import Taylor
 
@@ -76,3 +80,61 @@ def test_vitrifys_own_models_have_one_channel(name, size):
     images = prepared.inputs(0)
     assert images.shape == (1, 1, size, size)
     assert all(contender.check(images).passed for contender in prepared.contenders)
+
+
+INT8 = Recipe("int8", projections={"primitive": "shift", "activations": "int8"}, mlp="shift")
+
+
+def test_a_packed_recipe_among_other_runtimes(tmp_path, monkeypatch):
+    INT8.to_yaml(tmp_path / "int8.yaml")
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "onnx" in name else found(name))
+    prepared = prepare("models", {**CASE, "recipe": str(tmp_path / "int8.yaml"), "runtimes": True})
+    contenders = {contender.name: contender for contender in prepared.contenders}
+    assert {"original", "original bfloat16", "int8", "int8 bfloat16", "torch dynamic INT8"} <= contenders.keys()
+    assert prepared.baselines["int8 bfloat16"] == "original bfloat16"
+    assert prepared.baselines["torch dynamic INT8"] == "original"
+    assert prepared.not_run["ONNX Runtime"] == "onnx, onnxscript, onnxruntime not installed"
+    for name, contender in contenders.items():
+        check = contender.check(prepared.inputs(0))
+        assert check.passed, (name, check)
+    assert "shift layers" in contenders["int8"].check(prepared.inputs(0)).against
+    narrow, dense = contenders["int8"].cost, contenders["original"].cost
+    tokens, width, blocks = 101, 64, 6
+    assert narrow.narrow == {"int8": 2 * tokens * 4 * width * width * blocks}
+    assert narrow.flops == dense.flops
+    assert narrow.bytes_moved < 0.6 * dense.bytes_moved
+    assert contenders["int8 bfloat16"].cost.narrow["int8"] == narrow.narrow["int8"]
+
+
+def test_a_wrong_shift_layer_is_found(monkeypatch):
+    model = build("test_vit", 160).eval()
+    convert_(model, INT8)
+    pack_(model)
+    images = torch.randn(1, 3, 160, 160)
+    assert check_parts(model, images).passed
+    run = ShiftLinear.forward
+    proj = model.blocks[3].attn.proj
+    monkeypatch.setattr(ShiftLinear, "forward", lambda self, x: run(self, x) * (1.001 if self is proj else 1))
+    assert not check_parts(model, images).passed
+
+
+@pytest.mark.slow
+def test_onnx_runtime_runs_the_original_and_its_int8():
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = build("test_vit", 160).eval().requires_grad_(False)
+    images = torch.randn(1, 3, 160, 160)
+    found, _ = runtimes(model, images)
+    expected = model(images)
+    errors = {}
+    for name in ("ONNX Runtime", "ONNX Runtime dynamic INT8"):
+        errors[name] = ((found[name](images) - expected).abs().max() / expected.abs().max()).item()
+    assert errors["ONNX Runtime"] < 1e-5
+    assert 1e-4 < errors["ONNX Runtime dynamic INT8"] < 0.25  # above: it does round
+
+
+def test_on_a_gpu_none_of_these_runtimes_is_made():
+    found, not_run = runtimes(torch.nn.Identity(), torch.empty(1, 3, 8, 8, device="meta"))
+    assert not found
+    assert not_run.keys() == {"TensorRT"}

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from vitrify.bench import quantised, shift
+from vitrify.bench.reference import check_linear
+from vitrify.bench.registry import prepare
+from vitrify.errors import InputError
+
+CASE = {"rows": 33, "inputs": 64, "outputs": 48, "dtype": "float32", "device": "cpu", "compile": False}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contenders_pass_their_checks_and_the_others_say_why_not(dtype):
+    prepared = prepare("shift", {**CASE, "dtype": dtype})
+    names = [contender.name for contender in prepared.contenders]
+    four_bits = ["torch INT4 weights"] if dtype == "bfloat16" else []
+    assert names == ["F.linear", "shift float", "shift int8", "torch INT8", *four_bits]
+    assert prepared.baselines == dict.fromkeys(names, "F.linear")
+    assert prepared.not_run.keys() == {"torch FP8", "torch INT4 weights"} - set(four_bits)
+    assert prepared.not_run["torch FP8"] == "needs a GPU of compute capability 9.0"
+    for contender in prepared.contenders:
+        check = contender.check(prepared.inputs(0))
+        assert check.passed, (contender.name, check)
+
+
+def test_a_compiled_twin_of_each_is_compared_with_the_compiled_baseline():
+    prepared = prepare("shift", {**CASE, "compile": True})
+    names = [contender.name for contender in prepared.contenders]
+    assert names[:4] == ["F.linear", "F.linear compiled", "shift float", "shift float compiled"]
+    assert prepared.baselines["shift int8 compiled"] == "F.linear compiled"
+
+
+@pytest.mark.parametrize("rounding", ["float", "int8", "float8"])
+def test_a_wrong_layer_is_found(rounding):
+    generator = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(20, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    rounded = input
+    if rounding != "float":
+        largest = {"int8": 127, "float8": 448}[rounding]
+        scale = input.abs().amax(-1, keepdim=True) / largest
+        values = input / scale
+        rounded = (values.round() if rounding == "int8" else values.to(torch.float8_e4m3fn).float()) * scale
+    right = rounded @ weight.T
+    assert check_linear(right, input, weight, None, rounding).passed
+    wrong = right.clone()
+    wrong[3, 5] += 0.01 * right.abs().max()
+    assert not check_linear(wrong, input, weight, None, rounding).passed
+    wrong[3, 5] = float("nan")
+    assert not check_linear(wrong, input, weight, None, rounding).passed
+    if rounding != "float":  # rounding where none should be, and none where it should
+        assert not check_linear(right, input, weight, None, "float").passed
+
+
+def test_floors_count_narrow_products_and_packed_weights():
+    contenders = {contender.name: contender for contender in prepare("shift", CASE).contenders}
+    flops = 2 * 33 * 64 * 48
+    activations = 4 * (33 * (64 + 48) + 48)
+    assert {name: c.cost.flops for name, c in contenders.items()} == dict.fromkeys(contenders, flops)
+    assert contenders["F.linear"].cost.bytes_moved == activations + 4 * 64 * 48
+    assert contenders["shift int8"].cost.bytes_moved == activations + 64 * 48 // 2
+    assert contenders["torch INT8"].cost.bytes_moved == activations + 64 * 48
+    assert contenders["shift int8"].cost.narrow == {"int8": flops}
+    assert contenders["shift float"].cost.narrow == {}
+
+
+def test_the_published_shapes_are_among_those_of_a_quick_run():
+    assert set(shift.PUBLISHED) <= set(shift.QUICK) & set(shift.FULL)
+    assert {rows for rows, *_ in shift.FULL} >= set(shift.ROWS)
+
+
+def test_what_gpus_do_not_take_is_said():
+    cuda = torch.device("cuda")
+    objections = {rival.name: rival.objection for rival in quantised.RIVALS}
+    assert "more than 16 rows" in objections["torch INT8"](1, 64, 64, torch.bfloat16, cuda)
+    assert objections["torch INT8"](17, 64, 64, torch.bfloat16, cuda) is None
+    assert "bfloat16" in objections["torch INT4 weights"](17, 64, 64, torch.float32, cuda)
+    assert "groups of 64" in objections["torch INT4 weights"](17, 32, 64, torch.bfloat16, cuda)
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(InputError, match="outputs must be at least 1, not 0"):
+        prepare("shift", {**CASE, "outputs": 0})
+    with pytest.raises(InputError, match="not 'int8'"):
+        prepare("shift", {**CASE, "dtype": "int8"})
