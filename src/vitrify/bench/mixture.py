@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from vitrify.bench.reference import sample_rows
 from vitrify.bench.registry import Case, Check, Contender, Prepared
 from vitrify.bench.roofline import Cost
 from vitrify.errors import InputError
-from vitrify.nn import MixtureLinear
+from vitrify.nn import MixtureLinear, ShiftLinear
 from vitrify.ops.experts import dense, route
 
 BITS, VARIANT = 4, "ps"
@@ -179,13 +181,11 @@ def check_rows(output: Tensor, inputs: Inputs, linear: nn.Linear, mixture: Mixtu
     """
     rows = sample_rows(len(output), output.device)
     x, index = inputs.tokens[rows], inputs.index[rows]
-    weights = [linear.weight, linear.weight if mixture is None else mixture.shift.decoded_weight()]  # type: ignore[operator]
+    second = linear.weight if mixture is None else cast("ShiftLinear", mixture.shift).decoded_weight()
 
     def evaluate(dtype: torch.dtype) -> Tensor:
-        experts = [
-            lambda t, weight=weight: F.linear(t, weight.to(dtype), linear.bias.to(dtype))  # type: ignore[misc]
-            for weight in weights
-        ]
+        bias = linear.bias.to(dtype)
+        experts = [partial(F.linear, weight=weight.to(dtype), bias=bias) for weight in (linear.weight, second)]
         return dense(x.to(dtype), index, experts).double()
 
     exact = evaluate(torch.float64)
