@@ -22,6 +22,7 @@ BENCHMARKS = {
     "attention": "vitrify.bench.attention",
     "shift": "vitrify.bench.shift",
     "hamming": "vitrify.bench.hamming",
+    "mixture": "vitrify.bench.mixture",
     "models": "vitrify.bench.models",
 }
 

@@ -121,6 +121,37 @@ def hamming(
     _run("hamming", cases, seconds=seconds, seed=seed, output=output)
 
 
+@app.command(epilog="[bold]Example[/bold]\n\nvitrify bench mixture --shapes 12608x768x3072:0.4 --dtype bfloat16")
+def mixture(
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWSxINxOUT:SHARE,...",
+            help="Shapes of the layer, each with the share of the tokens that multiply.",
+            show_default="MLPs of ViT at shares from 0 to 1; on a CPU, eight of them",
+        ),
+    ] = None,
+    dtype: DtypeOption = "float32",
+    compile: CompileOption = False,
+    device: options.DeviceOption = "auto",
+    seconds: SecondsOption = 1.0,
+    seed: SeedOption = 0,
+    output: OutputOption = None,
+) -> None:
+    """Time a mixture of a multiplying and a shifting layer against multiplying every token.
+
+    Beside it the ways without a kernel: both layers on all tokens, and one product for each.
+    """
+    from vitrify.bench.mixture import FULL, QUICK
+
+    where = str(options.pick_device(device))
+    chosen = _shared("--shapes", shapes) if shapes else (FULL if where.startswith("cuda") else QUICK)
+    names = ("rows", "inputs", "outputs", "multiply")
+    fixed = {"dtype": dtype, "compile": compile, "device": where}
+    cases = [{**dict(zip(names, shape, strict=True)), **fixed} for shape in chosen]
+    _run("mixture", cases, seconds=seconds, seed=seed, output=output)
+
+
 @app.command(epilog="[bold]Example[/bold]\n\nvitrify bench models --models deit_tiny_patch16_224:384 --compile")
 def models(
     models: Annotated[
@@ -219,7 +250,11 @@ def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float, seed: 
         chosen = f"--tokens {tokens} --heads {first['heads']} --head-dim {first['head_dim']} --dtype {first['dtype']}"
         chosen += f" --batch-size {first['batch_size']}"
     else:
-        shapes = ("x".join(str(size) for size in case.values() if type(size) is int) for case in cases)
+        sizes = ("x".join(str(size) for size in case.values() if type(size) is int) for case in cases)
+        shapes = (
+            f"{size}:{case['multiply']:g}" if "multiply" in case else size
+            for size, case in zip(sizes, cases, strict=True)
+        )
         chosen = f"--shapes {','.join(shapes)} --dtype {first['dtype']}"
     flags = "".join(f" --{flag}" for flag in ("compile", "runtimes") if first.get(flag))
     return f"vitrify bench {benchmark} {chosen}{flags} --device {first['device']} --seconds {seconds:g} --seed {seed}"
@@ -232,6 +267,21 @@ def _shapes(option: str, text: str, sizes: int) -> list[tuple[int, ...]]:
     for shape in shapes:
         if len(shape) != sizes:
             raise InputError(f"{option}: each shape has {sizes} sizes with x between, not {'x'.join(map(str, shape))}")
+    return shapes
+
+
+def _shared(option: str, text: str) -> list[tuple[float, ...]]:
+    from vitrify.errors import InputError
+
+    shapes: list[tuple[float, ...]] = []
+    for entry in text.split(","):
+        size, _, share = entry.partition(":")
+        try:
+            shapes.append((*_shapes(option, size, 3)[0], float(share)))
+        except ValueError:
+            raise InputError(
+                f"{option}: each shape is ROWSxINxOUT:SHARE, such as 197x768x3072:0.4, not {entry!r}"
+            ) from None
     return shapes
 
 
