@@ -1,6 +1,8 @@
 """Whole models compiled by TVM: MatAdd and MatShift are in them, and the outputs are PyTorch's."""
 
 import copy
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def converted(name, recipe, **options):
 
 
 def kernels(model, images):
-    """Return how often the compiled model calls each kernel, and the kernels' names."""
+    """Return the kernels that the model's module calls, in order, by name."""
     packed = copy.deepcopy(model)
     pack_(packed)
     module = frontend.relax_module(packed, images)
@@ -123,3 +125,15 @@ def test_a_whole_deit_tiny_equals_pytorch(tmp_path):
     assert (output - wanted).abs().max() <= allowed
     called = kernels(model, images)
     assert (called.count("mat_add"), called.count("mat_shift")) == (24, 48)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here to compile CUDA source with")
+def test_the_cuda_source_of_a_whole_deit_tiny_compiles(tmp_path):
+    export_tvm(converted("deit_tiny_patch16_224", recipes.shiftaddvit()), tmp_path / "deit.so", target="cuda")
+    command = ["nvcc", "-arch=sm_80", "-cubin", "-w", "-Xptxas", "-v", "-o", "deit.cubin", "deit.cu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
+    assert len(spills) > 20
+    assert all(line.strip().startswith("0 bytes stack frame, 0 bytes spill stores") for line in spills)
