@@ -166,7 +166,7 @@ def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **c
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[x.shape[0] * x.shape[1], chunks](
             *arguments, WX=x.shape[3], WY=y.shape[3], CX=columns[0], CY=columns[1], BLOCK=block,
-            **constants, num_warps=warps, num_stages=2 if wide and single else 3,
+            **constants, num_warps=warps, num_stages=2 if wide else 3,
             enable_fp_fusion=True,
         )  # fmt: skip
 
