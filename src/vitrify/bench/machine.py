@@ -14,6 +14,8 @@ import torch
 
 import vitrify
 
+DISTRIBUTIONS = ("torch", "timm", "vitrify", "triton", "onnxruntime", "openvino")
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -63,7 +65,7 @@ def describe(device: torch.device | str = "cpu") -> Machine:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         platform=platform.platform(),
         python=platform.python_version(),
-        versions={name: version for name in ("torch", "timm", "vitrify") if (version := _version(name))},
+        versions={name: version for name in DISTRIBUTIONS if (version := _version(name))},
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan"),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
