@@ -11,6 +11,7 @@ from timm.layers import GluMlp, Mlp
 from torch import nn
 
 from vitrify.nn import Mixture, ShiftLinear, mixture_grouped, mixture_mlp_
+from vitrify.ops.shift import reference
 
 
 class Own(Mlp):
@@ -139,3 +140,15 @@ def test_a_replaced_layer_keeps_its_own_path(kernels):
     mixture.fc1 = Adapter(8, 12)
     mixture(tokens(20, 8))
     assert kernels == []
+
+
+@torch.no_grad()
+@BOTH
+def test_on_a_cpu_a_packed_mixture_decodes_each_weight_once(make, monkeypatch):
+    calls, original = [], reference.decode
+    monkeypatch.setattr(reference, "decode", lambda *arguments: calls.append(1) or original(*arguments))
+    mixture = make().eval()
+    mixture.pack_()
+    for count in (20, 1, 7):
+        mixture(tokens(count, 8))
+    assert len(calls) == (1 if make is mixture_linear else 2)
