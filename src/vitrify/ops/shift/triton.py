@@ -26,9 +26,12 @@ from vitrify.ops.shift.triton_kernels import combine_kernel, decode_kernel, mult
 # clocks at 3.35 TB/s, and takes a launch of 2 us, 0.2 clocks for the 2.4 million weights of a ViT-B's fc1.
 # 0.37 / 0.0007 = 530.
 MOST_TOKENS = 512
-# Tile shapes: output channels, the most tokens (float32 is multiplied three times), the most inputs of a step, and the
-# most bytes of inputs of a step, so that four steps fit the 100 KB that every GPU since compute capability 8.0 has.
-BLOCK_OUT, BLOCK_TOKENS, BLOCK_TOKENS_FLOAT32, BLOCK_IN, STEP_BYTES = 64, 128, 64, 128, 2**14
+# Tile shapes: output channels, the most tokens, the most inputs of a step, and the most bytes of inputs of a step, so
+# that four steps fit the 100 KB that every GPU since compute capability 8.0 has.
+BLOCK_OUT, BLOCK_TOKENS, BLOCK_IN, STEP_BYTES = 64, 128, 128, 2**14
+# The same for float32, whose three parts need registers, and for rows that wide loads cannot take: addresses need them.
+BLOCK_TOKENS_FLOAT32, STEP_BYTES_FLOAT32 = 64, 2**13
+BLOCK_TOKENS_RAGGED, BLOCK_IN_RAGGED = 32, 32
 STAGES = 4
 # What dividing the inputs between programs saves and costs in microseconds, for an H100 again: a step (450
 # instructions of each of 4 warps, 0.25 us, of which other programs hide a part); one more launch; partial sums, which
@@ -63,9 +66,13 @@ def plan(tokens: int, width: int, channels: int, item_bytes: int, processors: in
 
     The inputs are divided between programs where that shortens the chain of steps by more than joining them costs.
     """
-    most = BLOCK_TOKENS_FLOAT32 if item_bytes == 4 else BLOCK_TOKENS
+    single = item_bytes == 4
+    most, step_bytes = (BLOCK_TOKENS_FLOAT32, STEP_BYTES_FLOAT32) if single else (BLOCK_TOKENS, STEP_BYTES)
+    widest = BLOCK_IN
+    if width % 32:
+        most, widest = BLOCK_TOKENS_RAGGED, BLOCK_IN_RAGGED
     block_tokens = min(max(triton.next_power_of_2(tokens), 16), most)
-    block_in = min(BLOCK_IN, STEP_BYTES // (block_tokens * item_bytes))
+    block_in = min(widest, step_bytes // (block_tokens * item_bytes))
     if width % block_in and width % 64 == 0:
         block_in = 64  # without masks
     steps: int = triton.cdiv(width, block_in)
