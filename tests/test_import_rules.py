@@ -21,7 +21,7 @@ ALLOWED = {
     "cost": {"ops", "nn", "convert"},
     "models": set(),
     "data": set(),
-    "artefact": {"convert", "models"},
+    "artefact": {"convert", "models", "nn"},
     "train": {"convert", "artefact", "data", "nn", "ops"},
     "tvm": {"ops", "nn", "convert", "artefact"},
     # models: it builds them by name, and they register themselves with timm when they are imported.
