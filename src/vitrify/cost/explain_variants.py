@@ -101,11 +101,18 @@ def convert(model: nn.Module, layout: Layout, made: Mapping[Group, Primitive], i
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose parameters have shapes and no memory; buffers (index tables) stay."""
+    """Return a copy in eval mode that has shapes and no memory, and no record of an earlier conversion.
+
+    That record names modules which a pruned copy lacks.
+    """
     memo = empty_hooks(model)
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    return copy.deepcopy(model, memo).eval()
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    copied = copy.deepcopy(model, memo).eval()
+    copied.__dict__.pop("_vitrify", None)
+    return copied
 
 
 def in_dtype(workload: Workload, bits: int) -> Workload:

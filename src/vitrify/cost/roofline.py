@@ -79,7 +79,7 @@ class Roofline:
         Raises InputError naming the operation if the target does not multiply in its format.
         """
         if operation.kind != "vector":
-            return self._products_s(operation) + self.decode_s(operation)
+            return self._products_s(operation) + self.decode_s(operation) + self.round_s(operation)
         if operation.vector in _FREE:
             return 0.0
         rate = self.target.si("vector.special" if operation.vector in _SPECIAL else "vector.arithmetic")
@@ -97,10 +97,16 @@ class Roofline:
         return 2 * operation.macs / (peak * efficiency * self._occupancy(operation))
 
     def decode_s(self, operation: Operation) -> float:
-        """Return the seconds to turn codes into numbers to multiply by, where that is a step of its own."""
+        """Return the seconds to turn a shift layer's codes into numbers, where that is a step of its own."""
         if operation.primitive != "shift" or "decode.shift" not in self.target:
             return 0.0
         return operation.k * operation.n * operation.count / self.target.si("decode.shift")
+
+    def round_s(self, operation: Operation) -> float:
+        """Return the seconds to round a shift layer's input to 8 bits and scale its sums back, as extra steps."""
+        if product_kind(operation) != "shift8" or "decode.round" not in self.target:
+            return 0.0
+        return operation.m * (operation.k + operation.n) * operation.count / self.target.si("decode.round")
 
     def format_of(self, operation: Operation) -> str:
         """Return what a product really runs in: 8-bit operands as such, all others, codes among them, as the dtype."""

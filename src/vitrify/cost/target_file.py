@@ -36,7 +36,7 @@ FORM = Form(
     sections={
         "peak": ((tuple(DTYPES),), _RATE, "TFLOP/s, GFLOP/s, TOP/s or GOP/s"),
         "vector": ((("arithmetic", "special"),), _RATE, "TOP/s, GOP/s, TFLOP/s or GFLOP/s"),
-        "decode": ((("shift",),), _RATE, "GOP/s (weights decoded a second)"),
+        "decode": ((("shift", "round"),), _RATE, "GOP/s (weights decoded, or activations rounded, a second)"),
         "bandwidth": ((("memory", "cache"),), _BYTES, "TB/s or GB/s"),
         "launch": ((("eager", "compiled"),), r"[um]?s", "us, ms or s"),
         "memory": ((("size", "cache"),), r"[kMGT]B", "GB, MB or kB"),
@@ -47,8 +47,9 @@ FORM = Form(
     required=("value", "unit", "source", "status"),
     statuses={"published": False, "measured": False, "fitted": True, "derived": True, "assumed": True},
 )
-# What may be left out, and what its absence means: caches as fast as memory, codes decoded at no cost, one processor.
-_OPTIONAL = ("bandwidth.cache", "memory.cache", "decode.shift", "units.processors", "units.threads")
+# What may be left out, and what its absence means: caches as fast as memory, codes decoded and
+# activations rounded at no cost, one processor.
+_OPTIONAL = ("bandwidth.cache", "memory.cache", "decode.shift", "decode.round", "units.processors", "units.threads")
 
 
 @dataclass(frozen=True)
