@@ -1,4 +1,4 @@
-"""The command line, `vitrify convert | finetune | eval | pack | export | bench | demo | recipes`: a module each.
+"""The command line, `vitrify convert | finetune | eval | pack | export | bench | explain | ...`: a module each.
 
 Commands import torch and timm inside their functions, so that `vitrify --help` answers at once. Exit codes: 0 done,
 1 failed, 2 bad input, 130 interrupted.
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from vitrify import __version__
-from vitrify.cli import bench, convert, demo, export, finetune, pack, recipes
+from vitrify.cli import bench, convert, demo, explain, export, finetune, pack, probe, profile, recipes
 from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
@@ -57,6 +57,9 @@ app.command("eval", epilog=eval_.EPILOG)(eval_.evaluate)
 app.command("pack", epilog=pack.EPILOG)(pack.pack)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.add_typer(bench.app)
+app.command("explain", epilog=explain.EPILOG)(explain.explain)
+app.command("probe", epilog=probe.EPILOG)(probe.probe)
+app.command("profile", epilog=profile.EPILOG)(profile.profile)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)
 
