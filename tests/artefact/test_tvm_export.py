@@ -92,11 +92,13 @@ def test_a_model_that_cannot_be_compiled_says_why(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     assert main(["export", "vit_mini_patch2_28", "--output", str(tmp_path / "m.so")]) == 0
     assert "TVM agrees with PyTorch" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_writes_cuda_source(tmp_path, capsys):
     assert main(["export", "vit_mini_patch2_28", "--output", str(tmp_path / "m.so"), "--target", "cuda"]) == 0
     out = capsys.readouterr().out
