@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint checkpoint experiments bench clean
+.PHONY: help demo test test-slow lint checkpoint experiments bench clean
 
 help:
 	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
 	@echo "make test         set up, then the quick tests (under 5 minutes after set-up on 2 cores)"
-	@echo "make test-all     the slow tests too"
+	@echo "make test-slow    the slow tests"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (over an hour on 2 cores)"
 	@echo "make bench        the benchmarks, written to benchmarks/results/"
@@ -30,8 +30,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

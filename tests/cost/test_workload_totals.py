@@ -17,7 +17,7 @@ import vitrify
 from vitrify import Recipe, workload
 from vitrify.convert import AttentionSpec
 
-# A family each; those that the trace takes longest for are left to `make test-all`.
+# A family each; those that the trace takes longest for are left to `make test-slow`.
 MODELS = (
     "deit_tiny_patch16_224",
     "pvt_v2_b0",
