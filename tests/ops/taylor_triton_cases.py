@@ -23,7 +23,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 # (batch, heads, queries, keys, dim, value_dim)
-SHAPES = [(1, 1, 1, 1, 16, 16), (2, 1, 70, 70, 16, 16), (1, 2, 5, 130, 20, 40)]
+SHAPES = [(1, 1, 1, 1, 16, 16), (2, 1, 70, 70, 16, 16), (1, 2, 5, 130, 20, 40), (1, 1, 9, 40, 80, 70)]
 if not INTERPRETED:
     SHAPES += [(2, 3, n, n, 64, 64) for n in (63, 197, 577, 1000, 4096)]
     SHAPES += [(1, 2, 900, 49, 32, 32), (1, 2, 197, 197, 80, 128), (1, 1, 300, 65_536, 128, 128)]

@@ -161,12 +161,13 @@ def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **c
     columns = [max(16, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
     wide, single = max(columns) > NARROW, x.dtype == torch.float32
     # What each shape takes is in benchmarks/compile_report.md; nothing spills.
-    block = 32 if single else 128 if max(columns) <= NARROW // 2 else 64
+    block = (16 if wide else 32) if single else 128 if max(columns) <= NARROW // 2 else 64
+    stages = 2 if wide and (single or kernel is not reduce_kernel) else 3
     warps = 8 if wide or single or (kernel is backward_kernel and max(columns) == NARROW) else 4
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[x.shape[0] * x.shape[1], chunks](
             *arguments, WX=x.shape[3], WY=y.shape[3], CX=columns[0], CY=columns[1], BLOCK=block,
-            **constants, num_warps=warps, num_stages=2 if wide else 3,
+            **constants, num_warps=warps, num_stages=stages,
             enable_fp_fusion=True,
         )  # fmt: skip
 
