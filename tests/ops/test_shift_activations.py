@@ -55,9 +55,11 @@ def test_float8_values_reach_the_largest_number_of_the_format():
 def test_quantised_tokens_are_close_at_every_magnitude(kind, seed, power, width):
     input = tokens(3, width, seed=seed) * 2.0**power
     values, scale = reference.quantize_tokens(input, kind)
-    step = scale / 2 if kind == "int8" else (values.float().abs() * scale).clamp(min=2.0**-6) / 16 + scale * 2**-10
+    # Half a step: of E4M3 a 16th of a normal number, and 2^-10 below those.
+    half = torch.tensor(0.5) if kind == "int8" else (values.double().abs() / 16).clamp(min=2.0**-10)
+    step = half * scale.double()
     error = (values.double() * scale.double() - input.double()).abs()
-    usable = input.abs().amax(-1, keepdim=True) > 6e-36
+    usable = input.abs().amax(-1, keepdim=True) / reference.LARGEST[kind] >= torch.finfo(torch.float32).tiny
     assert (error <= 1.001 * step)[usable.expand_as(error)].all()
     assert (values.float()[~usable.expand_as(error)].abs() <= 1e-30).all()
     assert values.float().abs().max() <= reference.LARGEST[kind]
@@ -157,6 +159,19 @@ def test_dtypes_and_shapes(dtype, kind):
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-5 * exact.abs().max())
     assert torch.equal(shift_linear(input[0, 0], codes, exponent, bias.to(dtype), activations=kind), out[0, 0])
     assert shift_linear(input[:0], codes, exponent, bias.to(dtype), activations=kind).shape == (0, 5, 7)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(0, 13), (3, 0), (0, 0), (2, 0, 13), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("out", [5, 0])
+def test_nothing_in_or_out(shape, out, kind):
+    """What a token without inputs sums up to is its bias."""
+    codes = pack_codes(torch.full((out, shape[-1]), 7, dtype=torch.uint8))
+    bias = torch.arange(float(out))
+    result = shift_linear(torch.ones(shape), codes, torch.zeros(out, dtype=torch.int8), bias, activations=kind)
+    assert result.shape == (*shape[:-1], out)
+    assert torch.equal(result, bias.expand_as(result))
+    assert quantize_tokens_ste(torch.ones(shape), kind).shape == shape
 
 
 @kinds

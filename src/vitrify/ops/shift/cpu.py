@@ -51,13 +51,13 @@ def as_integers(codes: Tensor, exponent: Tensor, width: int, bits: int, variant:
     unit = decoded.abs().masked_fill_(decoded == 0, float("inf")).amin(1)
     unit.masked_fill_(unit.isinf(), 1)
     integers = decoded.div_(unit[:, None])
-    if integers.abs().amax() > LARGEST_INTEGER:
+    if bool((integers.abs() > LARGEST_INTEGER).any()):
         return None
     return integers.to(torch.int8).t(), unit
 
 
 def _integer_linear(input: Tensor, integers: Tensor, unit: Tensor, bias: Tensor | None) -> Tensor:
     values, scale = reference.quantize_tokens(input, "int8")
-    sums = torch._int_mm(values.reshape(-1, values.shape[-1]), integers).view(*input.shape[:-1], -1)
+    sums = torch._int_mm(values.reshape(-1, values.shape[-1]), integers).view(*input.shape[:-1], len(unit))
     out = sums.to(scale.dtype).mul_(unit).mul_(scale)
     return (out if bias is None else out.add_(bias)).to(input.dtype)

@@ -120,9 +120,13 @@ def quantize_tokens(input: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
     kind: "int8", values = round(input / scale), half to even, scale = max|token| / 127; or "float8", values = input /
     scale rounded to E4M3, scale = max|token| / 448. float64 keeps a float64 scale. Tokens whose scale would not be a
-    normal number (all zeros, or below 6e-36) become zeros of scale 1; a NaN or an inf makes its token's scale one too.
+    normal number (all zeros, or in float32 below 1.5e-36 for int8 and 5.3e-36 for float8) become zeros of scale 1; a
+    NaN or an inf makes its token's scale one too.
     """
     input = wide(input)
+    if input.shape[-1] == 0:  # which has no maximum
+        empty = input.to(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+        return empty, input.new_ones(*input.shape[:-1], 1)
     # Without abs(), whose result would be written to memory and read again.
     largest = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True))
     scale = largest / LARGEST[kind]
