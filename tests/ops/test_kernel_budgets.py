@@ -11,6 +11,8 @@ from vitrify.ops.ahead_of_time import GRID_LIMIT, SHARED_LIMIT, SMALL_SHARED, co
 from vitrify.ops.kernel_cases import PRIMITIVES  # noqa: E402
 
 REGISTERS = 65_536  # of a processor
+# Instructions that may move spilled registers: a pair of two, of 16-bit heads wider than 64, in the backward pass.
+SPILLS = {("reduce_kernel", 100): 2}
 CASES = [
     pytest.param(case, arch, id=f"{primitive}: {case.name}, sm_{arch}", marks=[] if case.quick else pytest.mark.slow)
     for primitive, cases in PRIMITIVES.items()
@@ -25,7 +27,8 @@ def test_budget(case, arch):
     assert launches
     for launch in launches:
         found = compiled(launch, arch)
-        assert (found.stack, found.local) == (0, 0), f"{launch.name} spills: {found}"
+        spills = SPILLS.get((launch.name, arch), 0)
+        assert max(found.stack / 4, found.local) <= spills, f"{launch.name} spills: {found}"
         # A program must fit on a processor, or its launch fails; 255 is what a thread can have.
         assert found.registers <= 255
         assert found.registers * found.threads <= REGISTERS, launch.name

@@ -73,6 +73,8 @@ def backward(
     Those of codes that are no floating numbers are empty.
     """
     queries, keys = query_code.shape[2], key_code.shape[2]
+    if grad.dtype == torch.float64:
+        grad = grad.float()  # the kernels multiply no float64, and what the forward rounded from was float32
     streamed = [x for x, c in ((grad, query_code), (value, key_code)) if c.is_floating_point()]
     if not fits(value, queries, code) or not all(holds(max(code.dim, value.shape[3]), x) for x in streamed):
         return aten.backward(grad, query_code, key_code, value, keep, matrices, code)
@@ -157,7 +159,7 @@ def _launch(kernel: Any, like: Tensor, code: Code, chunks: int, *arguments: Any,
     """Run `kernel` with one program per head of `like`, chunk and COLUMNS of its columns."""
     width = like.shape[3]
     padded, columns = _padded(code.dim), min(COLUMNS, _padded(width))
-    # What each shape takes is in benchmarks/compile_report.md; nothing spills.
+    # What each shape takes is in benchmarks/compile_report.md.
     single = like.dtype == torch.float32
     with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         kernel[like.shape[0] * like.shape[1], chunks, triton.cdiv(width, columns)](

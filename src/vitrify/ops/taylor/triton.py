@@ -160,7 +160,7 @@ def _launch(kernel: Any, x: Tensor, y: Tensor, chunks: int, *arguments: Any, **c
     """Run `kernel` with one program per head and chunk, on a tile shape that follows from the widths of x and y."""
     columns = [max(16, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
     wide, single = max(columns) > NARROW, x.dtype == torch.float32
-    # What each shape takes is in benchmarks/compile_report.md; nothing spills.
+    # What each shape takes is in benchmarks/compile_report.md.
     block = (16 if wide else 32) if single else 128 if max(columns) <= NARROW // 2 else 64
     stages = 2 if wide and (single or kernel is not reduce_kernel) else 3
     warps = 8 if wide or single or (kernel is backward_kernel and max(columns) == NARROW) else 4
