@@ -122,6 +122,23 @@ def test_without_biases_with_a_float_shift_weight_and_rows_apart():
     check(out, x, index, (weight, nothing, codes, exponent, nothing, 4, "ps"))
 
 
+@pytest.mark.usefixtures("nan_poison", "where")
+def test_any_strides():
+    """Every tensor is half of a larger one: its neighbours are no neighbours in memory."""
+    index, dtype = pattern("random", 40), DTYPES[-1]
+    x, router = routed(index, 32, dtype)
+    layers = linears(32, 24, 4, "ps", dtype)
+
+    def apart(tensor):
+        return tensor.new_full((*tensor.shape, 2), 99).to(DEVICE)[..., 1].copy_(tensor)
+
+    order, expected = run(x, router, layers)
+    groups = triton.order_tokens(*(apart(t) for t in (x, *router)))
+    assert torch.equal(groups[0].cpu(), order)
+    moved = [apart(t) if isinstance(t, torch.Tensor) else t for t in layers]
+    assert torch.equal(triton.linear(apart(x), *groups, *moved, True, True).cpu(), expected)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.booleans(), max_size=80), st.integers(1, 50))
 def test_the_order_is_a_stable_partition(goes, repeated):

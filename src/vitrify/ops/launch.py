@@ -1,4 +1,4 @@
-"""What launches over (B, H, N, width) tensors share: how heads are split between programs, and tensors as arguments."""
+"""What launches share: how heads are split between programs, what a device has, and tensors as arguments."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**18
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def adjacent(matrix: Tensor) -> Tensor:
+    """Return the matrix with rows whose entries are adjacent, copied only if they are not."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def strided(*tensors: Tensor) -> tuple[Tensor | tuple[int, ...], ...]:

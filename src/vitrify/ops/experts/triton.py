@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from vitrify.ops.experts.triton_kernels import choose_kernel, linear_kernel, place_kernel
-from vitrify.ops.launch import processors
+from vitrify.ops.launch import adjacent, processors
 from vitrify.ops.shift.triton import MOST_TOKENS, decoded
 
 # Tokens of a program that computes logits, of one that places tokens, and block counts that the latter adds at a time.
@@ -57,7 +57,7 @@ def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
     Two launches. Logits are summed in float32 and rounded to the dtype of x before they are compared.
     """
-    x, weight = _adjacent(x), _adjacent(weight)
+    x, weight, bias = adjacent(x), adjacent(weight), _together(bias)
     tokens, width = x.shape
     blocks = triton.cdiv(tokens, BLOCK)
     order, counts = x.new_empty(tokens, dtype=torch.int32), x.new_empty(2, dtype=torch.int32)
@@ -97,7 +97,8 @@ def linear(
     Codes are decoded in registers for up to MOST_TOKENS tokens, as shift layers do; for more, a launch before decodes
     them in memory, once and not once per tile of tokens.
     """
-    x, weight, shift = _adjacent(x), _adjacent(weight), _adjacent(shift)
+    x, weight, shift = adjacent(x), adjacent(weight), adjacent(shift)
+    bias, exponent, shift_bias = _together(bias), _together(exponent), _together(shift_bias)
     (tokens, width), columns = x.shape, weight.shape[0]
     out = x.new_empty(tokens, columns)
     if tokens == 0:
@@ -123,6 +124,5 @@ def _token_tiles(tokens: int, block: int) -> int:
     return int(triton.cdiv(tokens, block)) + 1
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """Return `x` with neighbouring entries of a row next to each other."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def _together(row: Tensor | None) -> Tensor | None:
+    return None if row is None else row.contiguous()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrify.ops import gpu
+from vitrify.ops.launch import adjacent, processors
 from vitrify.ops.shift import reference
 from vitrify.ops.shift.triton_kernels import combine_kernel, decode_kernel, multiply_kernel, quantize_kernel
 
@@ -131,10 +132,10 @@ def linear(
         return reference.linear(input, codes, exponent, bias, bits, variant, "float")
     if activations != "float" and (wide or (activations == "int8" and shift is None)):
         return reference.linear(input, codes, exponent, bias, bits, variant, activations)
-    codes, exponent, bias = _adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
+    codes, exponent, bias = adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
     if activations == "float" and (wide or tokens > MOST_TOKENS):
         return F.linear(input, decoded(codes, exponent, input.shape[-1], bits, variant, input.dtype), bias)
-    rows = _adjacent(input.reshape(-1, input.shape[-1]))
+    rows = adjacent(input.reshape(-1, input.shape[-1]))
     if activations == "float":
         out = _multiply(rows, codes, exponent, None, bias, bits, variant, None, rows.shape[1], input.dtype)
     else:
@@ -148,7 +149,7 @@ def decoded(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str
     """Return the weight (out, width) of packed codes in `dtype`: `reference.decoded` in one launch."""
     if codes.shape[0] * width == 0:
         return reference.decoded(codes, exponent, width, bits, variant, dtype)
-    return _decode(_adjacent(codes), exponent.contiguous(), None, width, width, bits, variant, dtype, 0)
+    return _decode(adjacent(codes), exponent.contiguous(), None, width, width, bits, variant, dtype, 0)
 
 
 def quantize_tokens(rows: Tensor, kind: torch.dtype, padded: int, largest: int) -> tuple[Tensor, Tensor]:
@@ -212,7 +213,7 @@ def _multiply(
 ) -> Tensor:
     """Multiply with codes in registers; the weights are over 2^(E + shift), or whole if that is None."""
     tokens, channels = rows.shape[0], codes.shape[0]
-    tile = plan(tokens, width, channels, rows.element_size(), _processors(rows.device))
+    tile = plan(tokens, width, channels, rows.element_size(), processors(rows.device))
     chunks = triton.cdiv(width, tile.block_in * tile.steps)
     out = rows.new_empty(tokens, channels, dtype=dtype)
     partial = out
@@ -272,17 +273,6 @@ def _decode(
             BITS=bits, PS=variant == "ps", SHIFT=shift, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return weight
-
-
-def _adjacent(matrix: Tensor) -> Tensor:
-    """Return the matrix with rows whose entries are adjacent, copied only if they are not."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Return the number of multiprocessors; elsewhere than on a GPU the interpreter runs, and any number will do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
 @functools.cache
