@@ -167,6 +167,21 @@ def test_compiles_whole_and_exports_plain_aten():
     torch.testing.assert_close(program.module()(longer, threshold), Packs()(longer, threshold))
 
 
+@pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="the interpreter records nothing")
+def test_no_kernel_gets_the_gradient_of_a_float64_result():
+    """Triton has no product of it with float32, whatever the interpreter makes of one."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from vitrify.ops.ahead_of_time import recorded_launches
+    from vitrify.ops.hamming import triton
+
+    code, value, matrices = (torch.empty(1, 2, n, 16, device="meta") for n in (197, 197, 16))
+    with recorded_launches() as launches:
+        grads = triton.backward(value.double(), code, code, value, None, matrices, Code(16, signed=False))
+    assert {launch.name for launch in launches} >= {"gram_kernel", "apply_kernel", "stream_kernel"}
+    given = [x for launch in launches for x in launch.arguments if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in (*given, *grads)} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("stored", "binarised", "expected"),
     [
