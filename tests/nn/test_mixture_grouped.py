@@ -143,6 +143,16 @@ def test_a_replaced_layer_keeps_its_own_path(kernels):
 
 
 @torch.no_grad()
+def test_dropout_that_is_left_on_keeps_its_own_path(kernels):
+    mixture, x = timm_mlp(drop=0.5).eval(), tokens(20, 8)
+    for child in mixture.modules():
+        if isinstance(child, nn.Dropout):
+            child.train()
+    assert not torch.equal(mixture(x), mixture(x))
+    assert kernels == []
+
+
+@torch.no_grad()
 @BOTH
 def test_on_a_cpu_a_packed_mixture_decodes_each_weight_once(make, monkeypatch):
     calls, original = [], reference.decode

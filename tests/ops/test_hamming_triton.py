@@ -12,7 +12,7 @@ import torch
 from taylor_inputs import padding
 
 from vitrify.errors import InputError, UnsupportedError
-from vitrify.ops import hamming_attention
+from vitrify.ops import gpu, hamming_attention
 from vitrify.ops.hamming import Order, aten, bits, bytes_moved, pack_bits, threshold_bits, unpack_bits
 from vitrify.ops.hamming.aten import Code
 
@@ -170,12 +170,10 @@ def test_compiles_whole_and_exports_plain_aten():
 @pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="the interpreter records nothing")
 def test_no_kernel_gets_the_gradient_of_a_float64_result():
     """Triton has no product of it with float32, whatever the interpreter makes of one."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from vitrify.ops.ahead_of_time import recorded_launches
-    from vitrify.ops.hamming import triton
-
+    ahead_of_time = pytest.importorskip("vitrify.ops.ahead_of_time", reason="Triton is not installed")
+    triton = gpu.kernels("hamming.triton")
     code, value, matrices = (torch.empty(1, 2, n, 16, device="meta") for n in (197, 197, 16))
-    with recorded_launches() as launches:
+    with ahead_of_time.recorded_launches() as launches:
         grads = triton.backward(value.double(), code, code, value, None, matrices, Code(16, signed=False))
     assert {launch.name for launch in launches} >= {"gram_kernel", "apply_kernel", "stream_kernel"}
     given = [x for launch in launches for x in launch.arguments if isinstance(x, torch.Tensor)]

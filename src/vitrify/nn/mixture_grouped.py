@@ -24,7 +24,8 @@ def grouped_forward(mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor] | None
 
     None where the experts must run as modules: in training or with gradients, in a graph that is exported or traced, on
     devices and dtypes that the kernels do not take, for other experts than multiply and shift, quantised activations,
-    other MLPs than timm's (or one with a norm, or with parameters in its activation), and hooks inside.
+    other MLPs than timm's (or one with a norm, or with parameters in its activation), and for parts with hooks, or in
+    training mode, as dropout for Monte Carlo estimates.
     """
     if mixture.training or torch.is_grad_enabled() or exporting(x):
         return None
@@ -81,6 +82,6 @@ def _layers(mixture: Mixture) -> list[tuple[nn.Linear, ShiftLinear]] | None:
         if not plain or type(coded) is not ShiftLinear or coded.activations != "float":
             return None
     passed_by = [child for child in mixture.modules() if child is not mixture and child is not act]
-    if any(child._forward_hooks or child._forward_pre_hooks for child in passed_by):
+    if any(child._forward_hooks or child._forward_pre_hooks or child.training for child in passed_by):
         return None
     return layers
