@@ -92,6 +92,15 @@ def test_a_model_that_cannot_be_compiled_says_why(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_machine_without_a_compiler_is_told_so(tmp_path, monkeypatch):
+    for compiler in ("CXX", "CC"):
+        monkeypatch.delenv(compiler, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(VitrifyError, match="finds none: install"):
+        export_tvm(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), tmp_path / "model.so", input_size=(3, 2, 2))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     assert main(["export", "vit_mini_patch2_28", "--output", str(tmp_path / "m.so")]) == 0

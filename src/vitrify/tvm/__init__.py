@@ -32,8 +32,8 @@ def export_tvm(
     The library is run from its file. The error returned is the largest difference to PyTorch, relative to the largest
     output; None for "cuda" where there is no GPU, and then nothing was run.
 
-    Raises InputError for arguments or without the extra `tvm`; VitrifyError where TVM cannot compile the model or
-    disagrees with PyTorch. Then no file is left.
+    Raises InputError for arguments or without the extra `tvm`; VitrifyError without a C++ compiler, or where TVM
+    cannot compile the model or disagrees with PyTorch. Then no file is left.
     """
     with optional("tvm", "tvm", "compiling with TVM"):
         import tvm  # noqa: F401, PLC0415

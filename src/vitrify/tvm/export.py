@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tvm.support import cc
 
 from vitrify.artefact import input_config
 from vitrify.artefact.onnx import first_tensor, tolerance_for
@@ -24,6 +25,8 @@ def export(
     model: nn.Module, path: Path, target: build.TargetName, batch: int, input_size: tuple[int, int, int] | None
 ) -> float | None:
     """See `vitrify.tvm.export_tvm`, which checks the arguments."""
+    if cc.get_cc() is None:  # TVM would fail at the very end, and not say why
+        raise VitrifyError("TVM links a library by a C++ compiler, and finds none: install g++ or clang++, or set CXX")
     compiled = copy.deepcopy(model).cpu().float().eval()
     pack_(compiled)
     size = input_config(model)["input_size"] if input_size is None else input_size
