@@ -9,7 +9,7 @@ from torch import nn
 
 import vitrify
 from vitrify import InputError, Recipe, UnsupportedError
-from vitrify.cost.explain_groups import Layout
+from vitrify.cost.explain.groups import Layout
 from vitrify.cost.latency import latency
 from vitrify.cost.target_file import load
 from vitrify.models import fashion_vit  # noqa: F401  # registers vit_mini_patch2_28
@@ -18,8 +18,10 @@ torch.set_num_threads(1)
 
 
 def build(name="deit_tiny_patch16_224", **kwargs):
+    """A model without weights; half a DeiT-Tiny by default."""
+    sizes = {"depth": 6} if name.startswith("deit") else {}
     with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
+        return timm.create_model(name, **sizes, **kwargs).eval()
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,7 @@ def test_the_break_even_is_where_taylor_begins_to_save(large):
     assert savings[-1] == max(savings)
 
 
+@pytest.mark.slow
 def test_a_model_of_one_size_has_no_break_even():
     assert vitrify.explain(build("levit_128s"), target="a100").sizes is None
 
@@ -204,6 +207,7 @@ def test_a_model_without_attention():
     assert found.advice.recipe is None
     assert found.sizes is None
     assert "This model has no attention. Do not convert" in found.verdict
+    assert [row.group for row in found.rows] == ["convolutions", "norms, residuals", "head"]
 
 
 def test_json(large):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrify import InputError, UnsupportedError, Workload, workload
+from vitrify import InputError, UnsupportedError, Workload, convert_, recipes, workload
 from vitrify.cost.elementwise import ELEMENTWISE, REDUCTIONS
 from vitrify.cost.graph import VectorKind
 from vitrify.cost.serialise import check_graph
@@ -162,9 +162,22 @@ class Nested(nn.Module):
     ],
     ids=["branch", "mask", "item", "tolist", "numpy"],
 )
-def test_control_flow_that_depends_on_data_names_the_module(function):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_control_flow_that_depends_on_data_names_the_module(function, device):
     with pytest.raises(UnsupportedError, match=r"body\.1 \(Call\) (decides by|reads) the values"):
-        workload(Nested(function), (3, 8, 8))
+        workload(Nested(function).to(device), (3, 8, 8))
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("test_vit", None), ("test_vit", "shiftaddvit"), ("levit_128s", None)])
+def test_a_model_on_the_meta_device_gives_the_same_graph(name, recipe):
+    def graph(device):
+        with torch.device(device):
+            model = timm.create_model(name)
+        if recipe is not None:
+            convert_(model, recipes.get(recipe))
+        return workload(model, model.pretrained_cfg["input_size"])
+
+    assert graph("meta") == graph("cpu")
 
 
 @pytest.mark.parametrize(

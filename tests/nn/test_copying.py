@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitrify.convert.copies import detached_copy, fake_copy
+from vitrify.convert.copies import detached_copy, shape_copy
 from vitrify.nn.copying import copy_without_hooks, empty_hooks
 
 REGISTER = (
@@ -34,7 +34,7 @@ def hooked():
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy_without_hooks, detached_copy, lambda model: fake_copy(model, FakeTensorMode())]
+    "duplicate", [copy_without_hooks, detached_copy, lambda model: shape_copy(model, FakeTensorMode())]
 )
 def test_a_copy_has_no_hooks_and_the_original_keeps_its_own(hooked, duplicate):
     before = {name: dict(table) for name, table in hook_tables(hooked[0]).items()}

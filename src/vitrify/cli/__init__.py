@@ -6,6 +6,7 @@ Commands import torch and timm inside their functions, so that `vitrify --help` 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -66,6 +67,8 @@ app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's arguments) and return the exit code."""
+    # Importing torch and timm makes a million objects that stay: looking for garbage among them costs a second.
+    gc.set_threshold(100_000)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -13,9 +13,11 @@ from vitrify.cli import options, weightless
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vitrify.convert import Recipe
     from vitrify.cost.explain import Explanation, Row
 
 _LOG_WIDTH = 160
+_RESULTS = Path("benchmarks/results")
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "vitrify explain vit_base_patch14_dinov2 --img-size 518\n\n"
@@ -50,8 +52,13 @@ def explain(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here too.")] = None,
     measured: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Results of `vitrify bench`: they overrule what is computed.")
-    ] = Path("benchmarks/results"),
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Results of `vitrify bench`: they overrule what is computed.",
+            show_default=str(_RESULTS),
+        ),
+    ] = None,
     pretrained: options.PretrainedOption = False,
     checkpoint: options.CheckpointOption = None,
 ) -> None:
@@ -63,13 +70,18 @@ def explain(
 
     import vitrify
     from vitrify.cost import target_file
+    from vitrify.data import load_dataset
     from vitrify.errors import InputError
     from vitrify.files import write_atomically
 
+    # Before a large model is built or fetched.
     for option, file in (("--output", output), ("--json", json_file)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise InputError(f"{option} {file}: there is no folder {file.parent}")
-    target_file.load(target)  # before a large model is built
+        options.check_writable(option, file)
+    target_file.load(target)
+    if measured is not None and not measured.is_dir():
+        raise InputError(f"--measured {measured}: there is no such folder; `vitrify bench` makes one")
+    if images is not None:
+        load_dataset(images, "val")
     console = Console(stderr=True)
     with console.status("building the model") as status:
         built, size = _load(model, img_size, pretrained, checkpoint, images is not None)
@@ -80,7 +92,7 @@ def explain(
             target=target,
             dtype=dtype,
             fusion=fusion,  # type: ignore[arg-type]  # checked there
-            measured=measured,
+            measured=measured or _RESULTS,
             images=None if images is None else _read(built, images, limit),
             progress=status.update,
         )
@@ -94,7 +106,6 @@ def explain(
 def _load(
     spec: str, img_size: int | None, pretrained: bool, checkpoint: Path | None, needs_weights: bool
 ) -> tuple[nn.Module, tuple[int, int, int]]:
-    from vitrify.artefact import input_config
     from vitrify.errors import InputError
 
     if not needs_weights and not pretrained and checkpoint is None:
@@ -102,8 +113,7 @@ def _load(
     if not pretrained and checkpoint is None and options.artefact_at(spec) is None:
         raise InputError("--images measures a risk, which random weights do not have: add --pretrained or --checkpoint")
     model = options.load_model(spec, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size).eval()
-    channels, height, width = input_config(model)["input_size"]
-    return model, (channels, img_size or height, img_size or width)
+    return model, weightless.asked_size(model, img_size)
 
 
 def _read(model: nn.Module, folder: Path, limit: int) -> Tensor:
@@ -117,7 +127,7 @@ def _print(name: str, found: Explanation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vitrify.cost.explain_variants import PRIMITIVES
+    from vitrify.cost.explain.variants import PRIMITIVES
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -158,13 +168,33 @@ def _risk(row: Row) -> str:
 def _give_recipe(found: Explanation, output: Path | None) -> None:
     import yaml
 
+    from vitrify.files import write_atomically
+
     recipe = found.advice.recipe
     if recipe is None:
         if output is not None:
             typer.echo(f"not written: {output}, as there is nothing to convert")
-    elif output is None:
+        return
+    data = _short(recipe)
+    as_json = output is not None and output.suffix == ".json"
+    text = json.dumps(data, indent=2) + "\n" if as_json else yaml.safe_dump(data, sort_keys=False)
+    if output is None:
         typer.echo("\n# vitrify convert MODEL --recipe FILE, with this in FILE (--output writes it):")
-        typer.echo(yaml.safe_dump(recipe.to_dict(), sort_keys=False), nl=False)
+        typer.echo(text, nl=False)
     else:
-        recipe.to_yaml(output)
+        write_atomically(output, text)
         typer.echo(f"written: {output}")
+
+
+def _short(recipe: Recipe) -> dict[str, Any]:
+    """Return an advised recipe's data without what every recipe has: {"name": "advised", "mlp": "shift"}.
+
+    Advice is given by role (attention, projections, mlp), and nothing else of such a recipe is its own.
+    """
+    data, plain = recipe.to_dict(), type(recipe)(recipe.name).to_dict()
+    found: dict[str, Any] = {"name": recipe.name}
+    for role in [key for key, value in data.items() if value != plain[key]]:
+        found[role] = own = {key: value for key, value in data[role].items() if value != plain[role][key]}
+        if own.keys() <= {"core", "primitive"}:
+            found[role] = next(iter(own.values()))
+    return found

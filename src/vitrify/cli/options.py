@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option(help="Load weights from this .safetensors or .pth file (pickled code is never run).", metavar="FILE"),
 ]
-ImgSizeOption = Annotated[int | None, typer.Option(help="Image side, in pixels. Default: the model's own.")]
+ImgSizeOption = Annotated[int | None, at_least(1, "Image side, in pixels. Default: the model's own.")]
 NumClassesOption = Annotated[int | None, at_least(0, "Width of the classifier; 0 for an encoder without one.")]
 InChansOption = Annotated[int | None, at_least(1, "Image channels: 1 (grey) or 3.")]
 RecipeOption = Annotated[
@@ -89,6 +90,20 @@ def load_model(spec: str, **wanted: Any) -> nn.Module:
 
         check_image_size(model, img_size, "--img-size")
     return model
+
+
+def check_writable(option: str, file: Path | None) -> None:
+    """Raise InputError unless the file that `option` names can be written, before any work; its folder is made."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError(f"{option} {file}: this is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be written: {error.strerror or error}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -39,6 +39,7 @@ def probe(
     where = options.pick_device(device)
     if output is not None and output.suffix not in (".yaml", ".yml"):
         raise InputError(f"--output {output}: a target file ends in .yaml or .yml")
+    options.check_writable("--output", output)
     if threads is not None:
         torch.set_num_threads(threads)
     machine = describe(where)

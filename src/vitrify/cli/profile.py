@@ -7,7 +7,6 @@ import io
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrify.cli import options, weightless
-from vitrify.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +85,7 @@ def profile(
 
     # Before the work, not after it.
     for option, file in (("--csv", csv_file), ("--json", json_file)):
-        _check_writable(option, file)
+        options.check_writable(option, file)
     target_file.load(target)
     chosen = None if recipe is None else recipes.get(recipe)
     found = dict(_profiles(model, chosen, img_size, batch_size, target))
@@ -129,19 +127,6 @@ def _profiles(
             counts = ", ".join(f"{len(getattr(conversion, group))} {group}" for group in ("changed", "kept", "refused"))
             console.print(f"recipe {recipe.name}: {counts} (`vitrify convert` says why)", markup=False)
             yield "converted", profile_(built, size, batch_size, target=target, progress=progress)
-
-
-def _check_writable(option: str, file: Path | None) -> None:
-    if file is None:
-        return
-    if file.is_dir():
-        raise InputError(f"{option} {file}: this is a folder; give a file")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{option} {file}: cannot be written: {error.strerror or error}") from error
 
 
 def _groups(found: Mapping[str, Profile]) -> list[tuple[str, dict[str, Costs]]]:

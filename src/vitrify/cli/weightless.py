@@ -17,13 +17,18 @@ def load(spec: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, in
     """
     import torch
 
-    from vitrify.artefact import input_config
-
     if options.artefact_at(spec) is not None or spec.startswith("hf:"):
         model = options.load_model(spec, img_size=img_size)
     else:
         with torch.device("meta"):
             model = options.load_model(spec, img_size=img_size)
+    return model.eval(), asked_size(model, img_size)
+
+
+def asked_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
+    """Return the (channels, height, width) of the images that the model and --img-size stand for."""
+    from vitrify.artefact import input_config
+
     channels, height, width = input_config(model)["input_size"]
     # A pyramid takes any size, and keeps no record of the one that was asked for.
-    return model.eval(), (channels, img_size or height, img_size or width)
+    return channels, img_size or height, img_size or width

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitrify.nn.copying import empty_hooks
+from vitrify.nn.copying import copy_without_hooks, empty_hooks
 
 M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R")
 
 
 def detached_copy(module: M) -> M:
@@ -30,8 +34,35 @@ def detached_copy(module: M) -> M:
     return duplicate
 
 
-def fake_copy(module: M, mode: FakeTensorMode) -> M:
-    """Return a deep copy without hooks whose parameters and buffers are fake tensors: its shapes without its memory."""
+def on_shapes(module: nn.Module, run: Callable[[FakeTensorMode | None], R]) -> R:
+    """Return `run(mode)`, with the mode under which a `shape_copy` of `module` is to run: fake tensors, or none.
+
+    On the meta device a model's own tensors have shapes alone, and run several times faster than fake ones. Where that
+    fails, fake tensors have the last word: they say whether the model depends on values.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if tensors and all(tensor.is_meta for tensor in tensors):
+        with suppress(Exception):  # any model may be given, and may fail in any way
+            return run(None)
+    with _quietly():
+        return run(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep fake tensors from logging, with its traceback, the error that is raised anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def shape_copy(module: M, mode: FakeTensorMode | None) -> M:
+    """Return a deep copy without hooks or memory: on fake tensors, or, without a mode, as it is on the meta device."""
+    if mode is None:
+        return copy_without_hooks(module)
     memo = empty_hooks(module)
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)

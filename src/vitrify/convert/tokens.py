@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitrify.convert.adapters.base import Adapter, adopt, like
-from vitrify.convert.copies import fake_copy
+from vitrify.convert.copies import on_shapes, shape_copy
 from vitrify.errors import InputError
 
 InputSize = tuple[int, int, int]
@@ -73,10 +74,19 @@ def trial_run(
 
     Raises whatever the model raises at that size.
     """
+    return on_shapes(model, lambda mode: _trial_run(model, adapters, layers, input_size, mode))
+
+
+def _trial_run(
+    model: nn.Module,
+    adapters: Mapping[str, type[Adapter]],
+    layers: Sequence[str],
+    input_size: InputSize,
+    mode: FakeTensorMode | None,
+) -> Trial:
     shapes: dict[str, Shape] = {}
     called: set[str] = set()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copy = fake_copy(model, mode)
+    copy = shape_copy(model, mode)
     for child in copy.modules():
         # Not .eval(): sources override train(). Evaluation, because batch norm cannot train on one token.
         child.training = False
@@ -87,7 +97,7 @@ def trial_run(
     for name in layers:
         copy.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
     weight = like(model)
-    with mode, torch.no_grad():
+    with mode or nullcontext(), torch.no_grad():
         copy(torch.empty(2, *input_size, dtype=weight.dtype, device=weight.device))
     return Trial(shapes, called)
 

@@ -1,7 +1,7 @@
 """vitrify's own modules in a trace: what they compute when deployed, not how PyTorch imitates it.
 
 A shift layer rounds its weight at each forward in PyTorch; deployed it holds codes. Codes are floats in PyTorch, and
-bits in the graph. A mixture runs every expert on fake tensors, and each on its own tokens in the graph.
+bits in the graph. A mixture runs every expert on tensors without values, and each on its own tokens in the graph.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitrify.convert.copies import fake_copy
+from vitrify.convert.copies import shape_copy
 from vitrify.nn import TokenGrid
 
 
-def copy_of_shapes(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy on fake tensors, in eval mode, with no hooks but those that tell convolutions on V the grid."""
-    copy = fake_copy(model, mode)
+def copy_of_shapes(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
+    """Return a `shape_copy` in eval mode, with no hooks but those that tell convolutions on V the grid."""
+    copy = shape_copy(model, mode)
     pairs = list(zip(model.modules(), copy.modules(), strict=True))
     grids = {id(getattr(old, "token_grid", None)): getattr(new, "token_grid", None) for old, new in pairs}
     for old, new in pairs:

@@ -1,4 +1,4 @@
-"""Writes down what a model does on fake tensors: every ATen call, the module it belongs to, and what it reads."""
+"""Writes down what a model does on tensors without values: every ATen call, its module, and what it reads."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensors.bind(outs[0], result)
         else:
             tensors.rebind(written, result)
-        for extra in outs[1:]:
+        # Batch norm's further results are statistics for training: empty on a CPU, but not on the meta device.
+        for extra in outs[1:] if "batch_norm" not in name else ():
             if extra.numel() and key(extra) not in storages:
                 self._bind_extra(extra)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vitrify.convert.copies import on_shapes
 from vitrify.convert.tokens import check_input_size
 from vitrify.cost.builder import Builder
 from vitrify.cost.graph import Operand, Workload
@@ -42,7 +42,7 @@ def workload(
     """Return what one forward pass in eval mode does, as a graph of typed operations.
 
     model           any module, converted or not, on any device, "meta" included; it is neither run nor changed. A copy
-                    of it runs on fake tensors, which have shapes and no memory.
+                    of it runs on tensors that have shapes and no memory.
     input_size      (channels, height, width) of an image, in the dtype of the model's parameters
     example_inputs  what to call the model with instead: a tensor, positional arguments, or keyword arguments
     taylor          how first-order Taylor attention is computed: "affine", as `ops.taylor_attention` does (steps "M"
@@ -65,10 +65,20 @@ def workload(
         size = check_input_size(input_size)
         example_inputs = torch.empty(batch_size, *size, dtype=_dtype(model), device="meta")
     args, kwargs = _arguments(example_inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return on_shapes(model, lambda mode: _workload(model, args, kwargs, taylor, split, mode))
+
+
+def _workload(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    taylor: TaylorForm,
+    split: Mapping[str, float] | None,
+    mode: FakeTensorMode | None,
+) -> Workload:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     shapes = copy_of_shapes(model, mode)
-    with mode:
+    with mode or nullcontext():
         args, kwargs = tree_map_only(
             Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), (args, kwargs)
         )
@@ -90,9 +100,9 @@ def workload(
     )
 
 
-def _run(tracer: Tracer, mode: FakeTensorMode, model: nn.Module, args: Any, kwargs: Any) -> None:
+def _run(tracer: Tracer, mode: FakeTensorMode | None, model: nn.Module, args: Any, kwargs: Any) -> None:
     try:
-        with _quietly(), mode, tracing(tracer, model):
+        with mode or nullcontext(), tracing(tracer, model):
             model(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedError(
@@ -109,17 +119,6 @@ def _run(tracer: Tracer, mode: FakeTensorMode, model: nn.Module, args: Any, kwar
             f"{type(model).__name__} refuses inputs of shape {', '.join(map(str, shapes))}, at "
             f"{_where(tracer, model)}: {type(error).__name__}: {error}"
         ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep fake tensors from logging, with its traceback, the error that is raised anyway."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _where(tracer: Tracer, model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitrify.cost.explain_variants import meta_copy
+from vitrify.cost.explain.variants import meta_copy
 from vitrify.cost.graph import Workload
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from vitrify.cost.energy import energy
-from vitrify.cost.explain_groups import Group, Layout
-from vitrify.cost.explain_prune import Pruned
-from vitrify.cost.explain_variants import in_dtype, meta_copy
+from vitrify.cost.explain.groups import Group, Layout
+from vitrify.cost.explain.prune import Pruned
+from vitrify.cost.explain.variants import in_dtype, meta_copy
 from vitrify.cost.fusion import Fusion, bytes_of
 from vitrify.cost.graph import Workload
 from vitrify.cost.latency import Latency, latency, weights_of

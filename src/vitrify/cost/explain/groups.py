@@ -48,14 +48,14 @@ class Layout:
     def groups(self, workload: Workload) -> dict[str, Group]:
         """Return the group of each operation by its id."""
         found = {operation.id: self._group(operation) for operation in workload.operations}
-        middle = [
-            i for i, op in enumerate(workload.operations) if found[op.id] in ("attention core", "projections", "MLP")
-        ]
+        inner = ("attention core", "projections", "MLP") if self.attention else ("convolutions",)
+        middle = [i for i, op in enumerate(workload.operations) if found[op.id] in inner]
+        first, last = (middle[0], middle[-1]) if middle else (0, len(found))
         for index, operation in enumerate(workload.operations):
             if found[operation.id] in ("norms, residuals", "convolutions") and not self._in_a_block(operation):
-                if not middle or index < middle[0]:
+                if index < first:
                     found[operation.id] = "patch embedding"
-                elif index > middle[-1]:
+                elif index > last:
                     found[operation.id] = "head"
         return found
 

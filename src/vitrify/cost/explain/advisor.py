@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from vitrify.convert import Recipe
 from vitrify.convert.tokens import check_input_size, default_input_size
 from vitrify.cost import target_file
-from vitrify.cost.explain_groups import GROUPS, Group, Layout
-from vitrify.cost.explain_ledger import Cost, Ledger
-from vitrify.cost.explain_risk import Progress, risks
-from vitrify.cost.explain_sizes import Sizes, sizes
-from vitrify.cost.explain_variants import (
+from vitrify.cost.explain.groups import GROUPS, Group, Layout
+from vitrify.cost.explain.ledger import Cost, Ledger
+from vitrify.cost.explain.risk import Progress, risks
+from vitrify.cost.explain.sizes import Sizes, sizes
+from vitrify.cost.explain.variants import (
     PRIMITIVES,
     ROLES,
     SPECS,
@@ -33,7 +33,7 @@ from vitrify.cost.explain_variants import (
     variant,
     variants,
 )
-from vitrify.cost.explain_words import verdict
+from vitrify.cost.explain.words import verdict
 from vitrify.cost.fusion import Fusion
 from vitrify.cost.measured import Measurements
 from vitrify.cost.tables import Entry
@@ -179,9 +179,7 @@ def explain(
         energy_pj=before.energy_pj,
         rows=tuple(_row(group, before, savings, risk) for group in GROUPS if before.time[group]),
         advice=advice,
-        sizes=sizes(ledger.part.model, ledger.layout, size, batch_size, ledger.seconds)
-        if ledger.layout.attention
-        else None,
+        sizes=_sizes(ledger, savings) if ledger.layout.attention else None,
         unknown=graph.unknown,
     )
 
@@ -218,6 +216,11 @@ def _savings(ledger: Ledger, before: Cost) -> dict[tuple[Group, Primitive], Savi
                 )
                 found[group, name] = Saving((before.time[group] - cost.time[group]) / before.seconds, energy)
     return found
+
+
+def _sizes(ledger: Ledger, savings: Mapping[tuple[Group, Primitive], Saving]) -> Sizes | None:
+    own = savings["attention core", "taylor"].time if ("attention core", "taylor") in savings else 0.0
+    return sizes(ledger.part.model, ledger.layout, ledger.size, ledger.batch_size, ledger.seconds, own)
 
 
 def _eight_bit(machine: Target) -> str:

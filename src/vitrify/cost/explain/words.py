@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vitrify.cost.explain import Explanation
+    from vitrify.cost.explain.advisor import Explanation
 
 _REPLACED = {"taylor": "Taylor attention", "hamming": "additive attention"}
 

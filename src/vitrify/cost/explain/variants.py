@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitrify.convert import AttentionSpec, LinearSpec, Recipe, convert_
-from vitrify.cost.explain_groups import Group, Layout, within
+from vitrify.cost.explain.groups import Group, Layout, within
 from vitrify.cost.graph import Operand, Operation, Workload
 from vitrify.cost.workload import workload
 from vitrify.nn import IntLinear, ShiftLinear

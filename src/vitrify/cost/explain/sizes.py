@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitrify.cost.explain_groups import Layout
-from vitrify.cost.explain_variants import InputSize, meta_copy, variant
+from vitrify.cost.explain.groups import Layout
+from vitrify.cost.explain.variants import InputSize, meta_copy, variant
 from vitrify.cost.graph import Workload
 from vitrify.cost.workload import workload
 from vitrify.errors import InputError
@@ -31,18 +31,21 @@ class Sizes:
     savings: Mapping[int, float]
 
 
-def sizes(model: nn.Module, layout: Layout, input_size: InputSize, batch_size: int, seconds: Seconds) -> Sizes | None:
+def sizes(
+    model: nn.Module, layout: Layout, input_size: InputSize, batch_size: int, seconds: Seconds, own: float
+) -> Sizes | None:
     """Find the break-even by bisection over the sides that the model takes; None if it takes only its own.
 
-    seconds: the time of the whole model, by the workload of the part of it that is given. As bisection does, it assumes
-    that the saving grows with the side.
+    seconds: the time of the whole model, by the workload of the part of it that is given. own: what Taylor attention
+    saves at `input_size`. As bisection does, it assumes that the saving grows with the side.
     """
     step = _step(model)
-    found: dict[int, float] = {}
+    channels, height, width = input_size
+    found = {height: own} if height == width and height % step == 0 else {}
 
     def saving(side: int) -> float:
         if side not in found:
-            found[side] = _saving(model, layout, (input_size[0], side, side), batch_size, seconds)
+            found[side] = _saving(model, layout, (channels, side, side), batch_size, seconds)
         return found[side]
 
     try:
@@ -53,10 +56,12 @@ def sizes(model: nn.Module, layout: Layout, input_size: InputSize, batch_size: i
         return None
     if saving(high) <= 0:
         return Sizes(None, found)
+    high = min(side for side, saved in found.items() if saved > 0)
+    low = max((side for side in found if low < side < high), default=low)
     while high - low > step:
         middle = (low + high) // 2 // step * step
         low, high = (low, middle) if saving(middle) > 0 else (middle, high)
-    return Sizes(high if saving(low) <= 0 else low, dict(sorted(found.items())))
+    return Sizes(high, dict(sorted(found.items())))
 
 
 def _least(saving: Callable[[int], float], step: int, high: int) -> int:

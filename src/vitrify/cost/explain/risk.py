@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitrify.cost.explain_groups import Group, Layout
-from vitrify.cost.explain_variants import InputSize, Primitive, convert
+from vitrify.cost.explain.groups import Group, Layout
+from vitrify.cost.explain.variants import InputSize, Primitive, convert
 from vitrify.errors import InputError
 from vitrify.nn.copying import copy_without_hooks
 
