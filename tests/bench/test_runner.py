@@ -60,6 +60,8 @@ def test_wrong_and_crashing_contenders_are_refused_and_never_timed(calls):
     assert "RuntimeError: no kernel for this" in rows["crash"].refused
     assert rows["wrong"].timing is rows["wrong"].peak_mib is rows["crash"].timing is None
     assert rows["right"].timing.rounds == rows["quick"].timing.rounds
+    assert rows["right"].timed == "single calls"
+    assert rows["wrong"].timed is None
     assert rows["right"].peak_mib == 1.5
 
 

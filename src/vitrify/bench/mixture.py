@@ -169,7 +169,7 @@ def _contender(name: str, way: Run, linear: nn.Linear, mixture: MixtureLinear, c
     def check(inputs: Inputs) -> Check:
         return check_rows(run(inputs), inputs, linear, None if name.startswith(MULTIPLY) else mixture)
 
-    return Contender(name, run, check, cost(name, case))
+    return Contender(name, run, check, cost(name, case), "loop" if name == TWO else "graph")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from vitrify.bench.roofline import Cost
 from vitrify.errors import unknown
 
 Case = Mapping[str, Any]
+Timed = Literal["graph", "loop", "call"]
 
 BENCHMARKS = {
     "attention": "vitrify.bench.attention",
@@ -46,12 +47,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the job. `check` runs it on one input and compares; what fails it is never timed."""
+    """One way to do the job. `check` runs it on one input and compares; what fails it is never timed.
+
+    `timed` says how on a GPU: "graph", calls in a row, replayed from a CUDA graph; "loop", calls in a row, for what
+    waits for the GPU itself and so cannot be captured; "call", one at a time with its launches, for whole models.
+    """
 
     name: str
     run: Callable[[Any], object]
     check: Callable[[Any], Check]
     cost: Cost
+    timed: Timed = "graph"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from vitrify.bench import memory, registry, roofline
+from vitrify.bench import gpu_timing, memory, registry, roofline
 from vitrify.bench.machine import Machine, describe
 from vitrify.bench.registry import Case, Check, Contender, Prepared
-from vitrify.bench.timing import Speedup, Timing, interleave, speedup
+from vitrify.bench.timing import Speedup, Timing, single_calls, speedup, take_turns
 from vitrify.files import write_atomically
 
 Progress = Callable[[str], None]
+_TURNS = "contenders interleaved, order and inputs rotated, warm-up before; ms of one call"
+TIMING_METHODS = {"cpu": _TURNS, "cuda": f"{_TURNS}, each contender's as `timed` says: {gpu_timing.METHOD}"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Row:
     refused: str | None = None
     not_run: str | None = None
     timing: Timing | None = None
+    timed: str | None = None
     baseline: str | None = None
     speedup: Speedup | None = None
     peak_mib: float | None = None
@@ -42,6 +45,7 @@ class Row:
             "not_run": self.not_run,
             "check": self.check and asdict(self.check),
             "timing": self.timing and asdict(self.timing),
+            "timed": self.timed,
             "speedup": self.speedup and {"over": self.baseline, **self.speedup.to_dict()},
             "peak_mib": self.peak_mib,
             "flops": self.cost and self.cost.flops,
@@ -76,7 +80,7 @@ class Result:
             "machine": asdict(self.machine),
             "seed": self.seed,
             "seconds_per_case": self.seconds_per_case,
-            "timing_method": "contenders interleaved, order and inputs rotated, warm-up before; ms of one call",
+            "timing_method": TIMING_METHODS["cuda" if self.machine.device.startswith("cuda") else "cpu"],
             "memory_method": self.memory_method,
             "roofline": asdict(self.roofline),
             "rows": [
@@ -135,7 +139,12 @@ def _run_case(benchmark: str, case: Case, *, seconds: float, seed: int, progress
         checks[contender.name] = _check(contender, inputs[0])
     sound = [c for c in prepared.contenders if isinstance(check := checks[c.name], Check) and check.passed]
     progress(f"timing {len(sound)} contenders: {label}")
-    samples = interleave({c.name: c.run for c in sound}, inputs, seconds=seconds, device=prepared.device)
+    timers = {c.name: single_calls(c.run, inputs, prepared.device) for c in sound}
+    timed = dict.fromkeys(timers, "single calls")
+    if prepared.device.type == "cuda":
+        for c in sound:
+            timers[c.name], timed[c.name] = gpu_timing.timer(c, inputs, prepared.device)
+    samples = take_turns(timers, seconds=seconds)
     rows = []
     for contender in prepared.contenders:
         check, own = checks[contender.name], samples.get(contender.name)
@@ -151,6 +160,7 @@ def _run_case(benchmark: str, case: Case, *, seconds: float, seed: int, progress
                 check=check if isinstance(check, Check) else None,
                 refused=None if own is not None else f"not timed: {check}",
                 timing=Timing.of(own) if own is not None else None,
+                timed=timed.get(contender.name),
                 baseline=baseline if compared else None,
                 speedup=speedup(samples[baseline], own) if compared and own is not None else None,
                 peak_mib=_peak(benchmark, case, contender, prepared, inputs[0], seed) if own is not None else None,

@@ -15,6 +15,8 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 200
 """Six rounds are the fewest for which `median_interval` reaches 95 %; seven have a middle one."""
 
 Input = TypeVar("Input")
+Timer = Callable[[int], float]
+"""Times one contender in round `turn`: milliseconds of one call."""
 Verdict = Literal["faster", "slower", "within noise"]
 
 
@@ -111,17 +113,29 @@ def interleave(
         seconds: the time to spend; between `MIN_ROUNDS` and `MAX_ROUNDS` rounds are made whatever it says.
         device: where the code runs; CUDA is synchronised around every call.
     """
-    names = list(contenders)
+    return take_turns({name: single_calls(run, inputs, device) for name, run in contenders.items()}, seconds=seconds)
+
+
+def single_calls(run: Callable[[Input], object], inputs: Sequence[Input], device: torch.device) -> Timer:
+    """Return what times one call on input `turn` modulo their number: on CUDA with its launches, and synchronised."""
+    return lambda turn: _time_ms(run, inputs[turn % len(inputs)], device)
+
+
+def take_turns(timers: Mapping[str, Timer], *, seconds: float) -> dict[str, list[float]]:
+    """Ask every timer once per round, in an order that rotates; return their milliseconds. See `interleave`."""
+    names = list(timers)
     spent = 0.0
     for name in names:  # warm-up: code pages, thread pools, cuDNN choices, compilation
-        contenders[name](inputs[0])
-        spent += _time_ms(contenders[name], inputs[0], device)
-    rounds = int(min(max(seconds * 1e3 / max(spent, 1e-3), MIN_ROUNDS), MAX_ROUNDS))
+        timers[name](0)
+        begin = time.perf_counter()
+        timers[name](0)
+        spent += time.perf_counter() - begin
+    rounds = int(min(max(seconds / max(spent, 1e-6), MIN_ROUNDS), MAX_ROUNDS))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(_time_ms(contenders[name], inputs[turn % len(inputs)], device))
+            samples[name].append(timers[name](turn))
     return samples
 
 
