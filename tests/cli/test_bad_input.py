@@ -106,7 +106,7 @@ def test_full_disk(output, capsys, monkeypatch):
 
 
 def test_a_size_the_model_cannot_take(output, capsys):
-    assert "img_size" in fails(["convert", "levit_128s", "--img-size", "-3", "-o", output], capsys)
+    assert "at least 1, not -3" in fails(["convert", "levit_128s", "--img-size", "-3", "-o", output], capsys)
 
 
 def test_a_size_that_cuts_patches(output, capsys):

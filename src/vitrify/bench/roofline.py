@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
+
+from vitrify.cost.probe import copy_bytes_s, matmul_flop_s
+
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -55,39 +57,15 @@ def probe(device: torch.device, dtype: torch.dtype, narrow: Collection[str] = ()
 
     `narrow`: names of other dtypes whose rate is wanted: bfloat16, float16, int8 or float8_e4m3fn.
     """
-    on_gpu = device.type == "cuda"
-    source = torch.randn(2**29 if on_gpu else 2**25, device=device)  # 2 GiB or 128 MiB: far beyond any cache
-    target = torch.empty_like(source)
-    copy_s = _best_s(lambda: target.copy_(source), device)
+    # A CPU copies 128 MiB, far beyond any cache, and multiplies 1,024 rows.
+    elements, rows = (None, None) if device.type == "cuda" else (2**25, 1024)
+
+    def gflop_s(dtype: torch.dtype) -> float:
+        return matmul_flop_s(device, dtype, rows, _TRIES) / 1e9
+
     return Roofline(
-        bandwidth_gb_s=2 * source.nbytes / copy_s / 1e9,
-        peak_gflop_s=_matmul_gflop_s(device, dtype),
+        bandwidth_gb_s=copy_bytes_s(device, elements, tries=_TRIES) / 1e9,
+        peak_gflop_s=gflop_s(dtype),
         dtype=str(dtype).removeprefix("torch."),
-        narrow_gflop_s={name: _matmul_gflop_s(device, getattr(torch, name)) for name in sorted(narrow)},
+        narrow_gflop_s={name: gflop_s(getattr(torch, name)) for name in sorted(narrow)},
     )
-
-
-def _matmul_gflop_s(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    run: Callable[[], object] = partial(torch.matmul, left, right)
-    if dtype == torch.int8:
-        run = partial(torch._int_mm, left, right.t())
-    elif dtype == torch.float8_e4m3fn:
-        one = torch.ones((), device=device)
-        run = partial(torch._scaled_mm, left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    return 2 * size**3 / _best_s(run, device) / 1e9
-
-
-def _best_s(run: Callable[[], object], device: torch.device, tries: int = 8) -> float:
-    best = float("inf")
-    for attempt in range(tries + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if attempt:  # the first warms up
-            best = min(best, time.perf_counter() - begin)
-    return best

@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,38 @@ import torch
 
 from vitrify.cost.target_file import DTYPES, FLOATS
 
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+_TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 _CALLS = 500
 
 
-def matmul_flop_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations (a multiply-add is two) a second of a large matmul, as the best of a few tries.
+def matmul_flop_s(device: torch.device, dtype: torch.dtype, size: int | None = None, tries: int = 30) -> float:
+    """Return the operations (a multiply-add is two) a second of a large square matmul, as the best of `tries`.
 
-    int8 sums in int32. Raises RuntimeError where torch has no such kernel.
+    int8 sums in int32; float8_e4m3fn has scales of one. Raises RuntimeError where torch has no such kernel.
     """
     # On a CPU a few milliseconds: calls that short find a moment in which nothing else runs.
-    size = 8192 if device.type == "cuda" else 512
+    size = size or (8192 if device.type == "cuda" else 512)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
-    return 2 * size**3 / best_s(lambda: multiply(left, right), device)
+    run: Callable[[], object] = partial(torch.matmul, left, right)
+    if dtype == torch.int8:
+        run = partial(torch._int_mm, left, right.t())
+    elif dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=device)
+        run = partial(torch._scaled_mm, left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return 2 * size**3 / best_s(run, device, tries)
 
 
-def copy_bytes_s(device: torch.device, size: int | None = None, *, overhead_s: float = 0.0) -> float:
+def copy_bytes_s(device: torch.device, size: int | None = None, *, overhead_s: float = 0.0, tries: int = 30) -> float:
     """Return the bytes a second, read plus written, of copying `size` floats; by default far more than any cache."""
     source = torch.randn(size or (2**29 if device.type == "cuda" else 2**24), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (best_s(lambda: target.copy_(source), device) - overhead_s)
+    return 2 * source.nbytes / (best_s(lambda: target.copy_(source), device, tries) - overhead_s)
 
 
 def best_s(run: Callable[[], object], device: torch.device, tries: int = 30) -> float:
@@ -57,8 +69,8 @@ def measure(device: torch.device, *, title: str, machine: str) -> dict[str, Any]
     """
     on_gpu = device.type == "cuda"
     call_s = _call_s(device)
-    # CPUs without float16 arithmetic take seconds for one such matmul, and nobody runs models that way.
-    formats = [name for name in DTYPES if on_gpu or name != "fp16"]
+    # CPUs without such arithmetic take seconds for one such matmul, and nobody runs models that way.
+    formats = [name for name in DTYPES if on_gpu or name not in ("fp16", "fp8")]
     peaks = {name: rate for name in formats if (rate := _peak(device, name))}
     sections: dict[str, dict[str, Any]] = {
         "peak": {
