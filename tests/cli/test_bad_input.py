@@ -105,8 +105,9 @@ def test_full_disk(output, capsys, monkeypatch):
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_size_the_model_cannot_take(output, capsys):
-    assert "at least 1, not -3" in fails(["convert", "levit_128s", "--img-size", "-3", "-o", output], capsys)
+def test_a_size_below_one(output, capsys):
+    assert main(["convert", "levit_128s", "--img-size", "-3", "-o", str(output)]) == 2
+    assert "'--img-size': must be at least 1, not -3" in capsys.readouterr().err
 
 
 def test_a_size_that_cuts_patches(output, capsys):
