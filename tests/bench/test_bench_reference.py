@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitrify.bench.reference import MAX_ROWS, check_attention, dense_attention, sample_rows
+from vitrify.bench.reference import MAX_ROWS, check_attention, check_gradients, dense_attention, sample_rows
 from vitrify.ops import taylor_attention
 
 ATTEND = {"softmax": F.scaled_dot_product_attention, "taylor": taylor_attention}
@@ -55,3 +55,37 @@ def test_taylor_is_the_first_order_expansion_of_softmax():
         both = [dense_attention(query, key, value, scale=scale, kind=kind) for kind in ("softmax", "taylor")]
         errors.append((both[0] - both[1]).abs().max())
     assert errors[1] < errors[0] / 50  # the error is of second order: a tenth of the scale, a hundredth of it
+
+
+@pytest.mark.parametrize("kind", ["softmax", "taylor"])
+def test_gradients_are_summed_over_chunks_of_queries(kind, monkeypatch):
+    inputs = [tensor.double().requires_grad_() for tensor in draw()]
+    upstream = torch.randn(2, 3, 300, 24, generator=torch.Generator().manual_seed(1)).double()
+    output = dense_attention(*inputs, scale=0.2, kind=kind)
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    monkeypatch.setattr("vitrify.bench.reference.CHUNK", 128)
+    leaves = [tensor.detach() for tensor in inputs]
+    check = check_gradients(gradients, *leaves, upstream, scale=0.2, kind=kind)
+    assert check.error < 1e-14
+    assert "6 of 6 heads" in check.against
+
+
+def test_a_wrong_gradient_in_the_first_or_last_head_is_found_and_a_nan_anywhere(monkeypatch):
+    monkeypatch.setattr("vitrify.bench.reference.MAX_WEIGHTS", 1)
+    leaves = [tensor.requires_grad_() for tensor in draw()]
+    output = F.scaled_dot_product_attention(*leaves)
+    right = torch.autograd.grad(output, leaves, output.detach())
+    query, key, value = (tensor.detach() for tensor in leaves)
+
+    def check(gradients):
+        return check_gradients(gradients, query, key, value, output.detach(), scale=24**-0.5, kind="softmax")
+
+    assert check(right).passed
+    for batch, head in ((0, 0), (1, 2)):
+        for index in range(3):
+            wrong = [gradient.clone() for gradient in right]
+            wrong[index][batch, head, 7, 5] += 0.01 * wrong[index].abs().max()
+            assert not check(wrong).passed
+    wrong = [gradient.clone() for gradient in right]
+    wrong[0][0, 1, 0, 0] = float("nan")
+    assert not check(wrong).passed

@@ -58,6 +58,15 @@ def test_attention_is_measured_shown_and_written(tmp_path, capsys, monkeypatch):
     )
 
 
+def test_backward_is_measured_and_part_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitrify.bench.memory.resident_peak_of", lambda module, request: 1.0)
+    arguments = ["--tokens", "64", "--heads", "2", "--head-dim", "32", "--backward", "--device", "cpu"]
+    assert main(["bench", "attention", *arguments, "--seconds", "0", "--output", str(tmp_path)]) == 0
+    content = json.loads(next(tmp_path.iterdir()).read_text())
+    assert "--batch-size 1 --backward --device cpu" in content["command"]
+    assert all("gradient" in row["check"]["against"] and row["floor_ms"] > 0 for row in content["rows"])
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("vitrify.bench.run", lambda *_, **__: pytest.fail("measured first"))

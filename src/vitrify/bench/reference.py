@@ -1,10 +1,11 @@
-"""Dense attention in float64, on sampled query rows: what a benchmark's outputs are held against.
+"""Dense attention in float64, on sampled query rows (for gradients: sampled heads): what outputs are held against.
 
 Written here again from the definitions, not taken from `vitrify.ops`: a mistake there must not vouch for itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -59,6 +60,56 @@ def check_attention(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *
     tolerance = 2 * _error(plain, exact) / largest + 8 * torch.finfo(query.dtype).eps
     error = _error(output[..., rows, :], exact) / largest if bool(output.isfinite().all()) else float("nan")
     return Check(error, tolerance, f"float64 {kind} attention, {len(rows)} of {query.shape[-2]} query rows")
+
+
+MAX_WEIGHTS, CHUNK = 2**26, 1024
+"""Attention weights whose gradient is compared (more where one head has more), query rows that are held at a time."""
+
+
+def check_gradients(
+    gradients: Sequence[Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    upstream: Tensor,
+    *,
+    scale: float,
+    kind: Kind,
+) -> Check:
+    """Compare the gradients of query, key and value, given the result's, `upstream`, with float64's.
+
+    All are (batch, heads, tokens, width). Each gradient of a key sums over all queries, so no rows are sampled but
+    whole heads: as many as have `MAX_WEIGHTS` weights together, at least the first and the last. The allowed error is
+    that of `check_attention`, beside the largest value of all three (over one token, softmax's others are 0). The
+    worst of the three is returned.
+    """
+    heads = query.shape[0] * query.shape[1]
+    count = min(heads, max(2, MAX_WEIGHTS // (query.shape[-2] * key.shape[-2])))
+    picked = torch.linspace(0, heads - 1, count, device=query.device).round().long()
+    inputs = [tensor.flatten(0, 1)[picked] for tensor in (query, key, value, upstream)]
+    exact = _dense_gradients(*(tensor.double() for tensor in inputs), scale=scale, kind=kind)
+    plain = _dense_gradients(*inputs, scale=scale, kind=kind)
+    largest = max(gradient.abs().max().item() for gradient in exact)
+    checks = []
+    for name, own, right, rounded in zip(("query", "key", "value"), gradients, exact, plain, strict=True):
+        tolerance = 2 * _error(rounded, right) / largest + 8 * torch.finfo(query.dtype).eps
+        finite = bool(own.isfinite().all())
+        error = _error(own.flatten(0, 1)[picked], right) / largest if finite else float("inf")
+        checks.append(Check(error, tolerance, f"float64 {kind} gradient of the {name}, {count} of {heads} heads"))
+    return max(checks, key=lambda check: check.error / check.tolerance)
+
+
+def _dense_gradients(
+    query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, *, scale: float, kind: Kind
+) -> list[Tensor]:
+    """Return float64 gradients of `dense_attention` in the inputs' own dtype: `CHUNK` query rows at a time, summed."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    total = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
+    for rows, given in zip(torch.split(leaves[0], CHUNK, -2), torch.split(upstream, CHUNK, -2), strict=True):
+        output = dense_attention(rows, leaves[1], leaves[2], scale=scale, kind=kind)
+        parts = torch.autograd.grad(output, leaves, given)
+        total = [done + part for done, part in zip(total, parts, strict=True)]
+    return total
 
 
 def _error(output: Tensor, exact: Tensor) -> float:

@@ -41,6 +41,9 @@ def attention(
     head_dim: Annotated[int, options.at_least(1, "Width of one head.")] = 64,
     batch_size: BatchOption = 1,
     dtype: DtypeOption = "float32",
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time forward and backward together; the gradients are checked.")
+    ] = False,
     compile: CompileOption = False,
     device: options.DeviceOption = "auto",
     seconds: SecondsOption = 10.0,
@@ -49,14 +52,15 @@ def attention(
 ) -> None:
     """Time the attention core: PyTorch's fused softmax attention (SDPA) against Taylor attention.
 
-    On contiguous inputs and on the strides of timm's packed projection. Shows speed-up, peak memory, and the floor that
-    this machine's bandwidth and arithmetic set.
+    On contiguous inputs and on the strides of timm's packed projection; on a GPU with SDPA's flash and cuDNN kernels by
+    themselves too. Shows speed-up, peak memory, and the floor that this machine's bandwidth and arithmetic set.
     """
     fixed = {
         "heads": heads,
         "head_dim": head_dim,
         "batch_size": batch_size,
         "dtype": dtype,
+        "backward": backward,
         "compile": compile,
         "device": str(options.pick_device(device)),
     }
@@ -256,7 +260,7 @@ def _command(benchmark: str, cases: list[dict[str, Any]], seconds: float, seed: 
             for size, case in zip(sizes, cases, strict=True)
         )
         chosen = f"--shapes {','.join(shapes)} --dtype {first['dtype']}"
-    flags = "".join(f" --{flag}" for flag in ("compile", "runtimes") if first.get(flag))
+    flags = "".join(f" --{flag}" for flag in ("backward", "compile", "runtimes") if first.get(flag))
     return f"vitrify bench {benchmark} {chosen}{flags} --device {first['device']} --seconds {seconds:g} --seed {seed}"
 
 
