@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint checkpoint experiments bench clean
+.PHONY: help demo test test-slow lint checkpoint experiments bench bench-gpu clean
 
 help:
 	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (over an hour on 2 cores)"
 	@echo "make bench        the benchmarks, written to benchmarks/results/"
+	@echo "make bench-gpu    on an NVIDIA GPU: those that have no result of it yet (hours; resumable)"
 	@echo "make experiments  the tables of experiments/ (hours on 2 cores; resumable)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +52,9 @@ bench: $(STAMP)
 	  --output benchmarks/results/shift_int8
 	$(BIN)/python benchmarks/tables.py
 
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/runs.py; status=$$?; $(BIN)/python benchmarks/tables.py && exit $$status
+
 experiments: $(STAMP)
 	$(BIN)/python experiments/vitality/run.py
 	$(BIN)/python experiments/vitality/run.py --rows softmax taylor_squares squares_conv5_distill --seeds 1 2
@@ -60,6 +64,7 @@ experiments: $(STAMP)
 	$(BIN)/python experiments/shiftaddvit/run.py
 	$(BIN)/python experiments/shiftaddvit/run.py --rows softmax shiftaddvit vitrify vitrify_squares_distill --seeds 1 2
 	$(BIN)/python experiments/shiftaddvit/run.py --table rows_pvt.yaml
+	$(BIN)/python experiments/shiftaddvit/run.py --table rows_few.yaml
 	$(BIN)/python experiments/shiftaddvit/rounding.py
 
 clean:
