@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint checkpoint experiments bench bench-gpu clean
+.PHONY: help demo test test-slow test-kernels lint checkpoint experiments bench bench-gpu clean
 
 help:
 	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
-	@echo "make test         set up, then the quick tests (under 5 minutes after set-up on 2 cores)"
+	@echo "make test         set up, then the quick tests (about 6 minutes after set-up on 2 cores)"
 	@echo "make test-slow    the slow tests"
+	@echo "make test-kernels every GPU kernel compiled for every architecture (an hour, no GPU needed)"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make checkpoint   train the shipped ViT again on Fashion-MNIST (over an hour on 2 cores)"
 	@echo "make bench        the benchmarks, written to benchmarks/results/"
@@ -29,10 +30,13 @@ demo: $(STAMP)
 	$(BIN)/vitrify demo --output demo-output
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-kernels: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m matrix
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ REGISTERS = 65_536  # of a processor
 # Instructions that may move spilled registers: a pair of two, of 16-bit heads wider than 64, in the backward pass.
 SPILLS = {("reduce_kernel", 100): 2}
 CASES = [
-    pytest.param(case, arch, id=f"{primitive}: {case.name}, sm_{arch}", marks=[] if case.quick else pytest.mark.slow)
+    pytest.param(case, arch, id=f"{primitive}: {case.name}, sm_{arch}", marks=[] if case.quick else pytest.mark.matrix)
     for primitive, cases in PRIMITIVES.items()
     for case in cases()
     for arch in case.architectures
