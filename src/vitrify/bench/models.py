@@ -8,8 +8,10 @@ model itself produces.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -30,6 +32,8 @@ from vitrify.models.image_size import check_image_size
 from vitrify.nn import ShiftConv2d, ShiftLinear, cores
 
 LAYER_OPS = (".mm", ".addmm", ".convolution")
+NARROW = {"int8": "int8", "float8": "float8_e4m3fn"}
+"""What a shift layer multiplies in, by its activations; a CPU only rounds to float8, and multiplies in float32."""
 COMPILED_TOLERANCE = 1e-3
 """A compiled model reorders sums through all of its blocks: its output may differ by this much from eager's."""
 BFLOAT16_TOLERANCE = 0.1
@@ -141,20 +145,23 @@ def cost(model: nn.Module, images: Tensor, as_int8: type[nn.Module] | None = Non
     """Count a converted model's products: linear layers and convolutions as run, attention from q, k, v's shapes.
 
     Bytes: every parameter once, a shift layer's as its codes, the images and nothing else, as activations may stay in
-    cache. Integer products: those of shift layers with int8 activations, or of all layers of class `as_int8`.
+    cache. Narrow products: those of shift layers by their activations, and of all layers of class `as_int8`.
     """
-    attention_flops = int8_flops = 0
+    attention_flops = 0
+    narrow_flops: Counter[str] = Counter()
 
     def count(core: cores.Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal attention_flops
         attention_flops += 2 * core_multiplications(core, args, kwargs)
 
-    def count_int8(layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
-        nonlocal int8_flops
-        int8_flops += 2 * output.numel() * layer.in_features
+    def count_narrow(name: str, layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        narrow_flops[name] += 2 * output.numel() * layer.in_features
 
-    narrow = [m for m in model.modules() if getattr(m, "activations", "") == "int8" or type(m) is as_int8]
-    handles = [module.register_forward_hook(count_int8) for module in narrow]
+    handles = []
+    for module in model.modules():
+        name = "int8" if type(module) is as_int8 else NARROW.get(getattr(module, "activations", ""))
+        if name == "int8" or (name is not None and images.is_cuda):
+            handles.append(module.register_forward_hook(partial(count_narrow, name)))
     try:
         with observe_cores(model, count), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images)
@@ -167,4 +174,4 @@ def cost(model: nn.Module, images: Tensor, as_int8: type[nn.Module] | None = Non
     moved = sum(parameter.nbytes for parameter in model.parameters()) + images.nbytes
     for shift in (m for m in model.modules() if isinstance(m, (ShiftLinear, ShiftConv2d))):
         moved -= shift.weight.nbytes - shift.weight.numel() * shift.bits // 8
-    return Cost(layers + attention_flops, moved, {"int8": int8_flops} if int8_flops else {})
+    return Cost(layers + attention_flops, moved, dict(narrow_flops))
