@@ -1,3 +1,7 @@
+import dataclasses
+import sys
+import types
+
 import pytest
 import torch
 
@@ -16,7 +20,8 @@ def test_contenders_pass_their_checks_and_the_others_say_why_not(dtype):
     four_bits = ["torch INT4 weights"] if dtype == "bfloat16" else []
     assert names == ["F.linear", "shift float", "shift int8", "torch INT8", *four_bits]
     assert prepared.baselines == dict.fromkeys(names, "F.linear")
-    assert prepared.not_run.keys() == {"torch FP8", "torch INT4 weights"} - set(four_bits)
+    torchao = {"torchao INT4 weights", "torchao FP8"}
+    assert prepared.not_run.keys() == {"torch FP8", "torch INT4 weights", *torchao} - set(four_bits)
     assert prepared.not_run["torch FP8"] == "needs a GPU of compute capability 9.0"
     for contender in prepared.contenders:
         check = contender.check(prepared.inputs(0))
@@ -75,6 +80,54 @@ def test_what_gpus_do_not_take_is_said():
     assert objections["torch INT8"](17, 64, 64, torch.bfloat16, cuda) is None
     assert "bfloat16" in objections["torch INT4 weights"](17, 64, 64, torch.float32, cuda)
     assert "groups of 64" in objections["torch INT4 weights"](17, 32, 64, torch.bfloat16, cuda)
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    """Put a library in torchao's place that rounds weights to bfloat16 halves, or refuses to."""
+    library = types.ModuleType("torchao.quantization")
+    library.refusal = None
+
+    def quantize_(model, config):
+        if library.refusal is not None:
+            raise library.refusal
+        assert config == 64
+        for layer in model:
+            layer.weight.copy_((layer.weight * 2).round() / 2)
+
+    library.Int4WeightOnlyConfig = lambda group_size, int4_packing_format: group_size
+    library.quantize_ = quantize_
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", library)
+    return library
+
+
+def test_a_layer_of_torchao_is_held_against_the_weight_that_it_makes_of_it(torchao):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator).bfloat16()
+    run, own = quantised.torchao_int4(weight, bias)
+    assert torch.equal(own, (weight.bfloat16() * 2).round().double() / 2)
+    x = torch.randn(20, 64, generator=generator).bfloat16()
+    assert check_linear(run(x), x, own, bias, "float").passed
+    assert not check_linear(run(x), x, weight, bias, "float").passed
+
+
+def test_torchao_says_why_it_does_not_run(torchao, monkeypatch):
+    rivals = {rival.name: rival for rival in quantised.RIVALS}
+    chosen = (dataclasses.replace(rivals["torchao INT4 weights"], objection=lambda *_: None),)
+    monkeypatch.setattr(shift, "RIVALS", chosen)
+    names = [c.name for c in prepare("shift", {**CASE, "dtype": "bfloat16"}).contenders]
+    assert names[-1] == "torchao INT4 weights"
+    torchao.refusal = ImportError("Requires mslk >= 1.0.0\nand more")
+    prepared = prepare("shift", {**CASE, "dtype": "bfloat16"})
+    assert prepared.not_run == {"torchao INT4 weights": "ImportError: Requires mslk >= 1.0.0"}
+    assert [c.name for c in prepared.contenders] == names[:-1]
+
+
+def test_without_torchao_it_is_said(monkeypatch):
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    not_run = prepare("shift", CASE).not_run
+    assert not_run["torchao INT4 weights"] == not_run["torchao FP8"] == "torchao is not installed"
 
 
 def test_bad_sizes_are_refused():

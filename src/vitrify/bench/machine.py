@@ -14,7 +14,7 @@ import torch
 
 import vitrify
 
-DISTRIBUTIONS = ("torch", "timm", "vitrify", "triton", "onnxruntime", "openvino")
+DISTRIBUTIONS = ("torch", "timm", "vitrify", "triton", "torchao", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def prepare(case: Case) -> Prepared:
     activations = (rows * (width + out) + out) * dtype.itemsize
     contenders = []
     not_run = {r.name: why for r in RIVALS if (why := r.objection(rows, width, out, dtype, device)) is not None}
-    for name, run, weight, rounding, bits in _layers(latent, bias, tuple(not_run)):
+    for name, run, weight, rounding, bits in _layers(latent, bias, not_run):
         narrow = {"int8": "int8", "float8": "float8_e4m3fn"}.get(rounding)
         cost = Cost(operations, activations + int(bits / 8 * width * out), {narrow: operations} if narrow else {})
         contenders.append(_contender(name, run, weight, bias, rounding, cost))
@@ -77,8 +77,11 @@ def prepare(case: Case) -> Prepared:
     )
 
 
-def _layers(latent: Tensor, bias: Tensor, without: tuple[str, ...]) -> Iterator[tuple[str, Linear, Tensor, str, float]]:
-    """Yield (name, layer, the weight that it stands for, how it rounds its input, bits of a weight in memory)."""
+def _layers(latent: Tensor, bias: Tensor, not_run: dict[str, str]) -> Iterator[tuple[str, Linear, Tensor, str, float]]:
+    """Yield (name, layer, the weight that it stands for, how it rounds its input, bits of a weight in memory).
+
+    Those of `not_run` are left out; a library's that says only when it is asked that it cannot is added to them.
+    """
     codes, exponent = shift_quantize(latent, BITS)
     weight, packed = shift_decode(codes, exponent, BITS), pack_codes(codes, BITS)
     plain = weight.to(bias.dtype)
@@ -87,8 +90,13 @@ def _layers(latent: Tensor, bias: Tensor, without: tuple[str, ...]) -> Iterator[
     for kind in ("float", "int8", "float8") if latent.is_cuda else ("float", "int8"):
         yield f"shift {kind}", _shift(packed, exponent, bias, kind), weight, kind, BITS
     for rival in RIVALS:
-        if rival.name not in without:
+        if rival.name in not_run:
+            continue
+        try:
             run, own = rival.make(latent, bias)
+        except (RuntimeError, ImportError, ValueError, AssertionError) as error:
+            not_run[rival.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        else:
             yield rival.name, run, own, rival.rounding, rival.bits
 
 
