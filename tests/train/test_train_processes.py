@@ -42,14 +42,16 @@ def launch(folder, call):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         f"from test_train_processes import *; {call}\n"
-        "import accelerate; print(accelerate.PartialState().num_processes, 'processes')\n"
+        "import accelerate; state = accelerate.PartialState()\n"
+        # A file each: what two processes print to one pipe may interleave.
+        f"open({str(folder)!r} + f'/process{state.process_index}', 'w').write(str(state.num_processes))\n"
     )
     # torchrun, for `accelerate launch --cpu` starts a second process only through MPI.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 processes") == 2
+    assert [(folder / f"process{index}").read_text() for index in range(2)] == ["2", "2"]
 
 
 @pytest.mark.slow
