@@ -9,13 +9,15 @@ from vitrify.errors import InputError
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "array": list,
+    "boolean": bool,
     "integer": int,
     "null": type(None),
+    "number": (int, float),
     "object": dict,
     "string": str,
 }
 _KEYWORDS = {
-    *("$schema", "title", "description", "$defs", "$ref", "type", "enum", "const", "minimum"),
+    *("$schema", "title", "description", "$defs", "$ref", "type", "enum", "const", "minimum", "exclusiveMinimum"),
     *("required", "properties", "additionalProperties", "items", "minItems", "maxItems"),
 }
 
@@ -31,7 +33,8 @@ def check_schema(data: Any, schema: Mapping[str, Any], root: Mapping[str, Any], 
         schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
     if "type" in schema:
         types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-        if isinstance(data, bool) or not isinstance(data, tuple(_TYPES[name] for name in types)):
+        # True and False are integers in Python, and are no numbers in JSON.
+        if not any(isinstance(data, _TYPES[name]) and isinstance(data, bool) == (name == "boolean") for name in types):
             raise InputError(f"{where} must be {' or '.join(types)}, not {data!r:.60}")
     if "const" in schema and data != schema["const"]:
         raise InputError(f"{where} must be {schema['const']!r}, not {data!r:.60}")
@@ -39,6 +42,8 @@ def check_schema(data: Any, schema: Mapping[str, Any], root: Mapping[str, Any], 
         raise InputError(f"{where} must be one of {schema['enum']}, not {data!r:.60}")
     if "minimum" in schema and data < schema["minimum"]:
         raise InputError(f"{where} must be at least {schema['minimum']}, not {data}")
+    if "exclusiveMinimum" in schema and data <= schema["exclusiveMinimum"]:
+        raise InputError(f"{where} must be above {schema['exclusiveMinimum']}, not {data}")
     if isinstance(data, dict):
         _check_object(data, schema, root, where)
     elif isinstance(data, list):
