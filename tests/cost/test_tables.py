@@ -18,7 +18,7 @@ def value(key, table="horowitz45"):
 
 
 def test_what_ships_is_loaded_with_unit_node_source_and_standing():
-    assert names() == ["aladdin40", "dram", "eyeriss", "eyeriss_shiftaddvit", "horowitz45", "scaling"]
+    assert names() == ["aladdin40", "cacti28", "dram", "eyeriss", "eyeriss_shiftaddvit", "horowitz45", "scaling"]
     for name in names():
         table = load(name)
         assert table.title
@@ -26,7 +26,18 @@ def test_what_ships_is_loaded_with_unit_node_source_and_standing():
         for entry in table.entries.values():
             assert entry.source
             assert entry.unit
-            assert entry.status == ("derived" if entry.how else "published")
+            assert (entry.status == "published") == (not entry.how)
+
+
+def test_the_register_and_the_network_at_28_nm_are_the_older_figures_scaled():
+    table, aladdin = load("cacti28"), load("aladdin40")
+    energy, area = (scale(40, 28, quantity).value for quantity in ("energy", "area"))
+    register = table["access.register"].pj_per_bit
+    assert register == pytest.approx(aladdin["access.register"].pj_per_bit * energy)
+    assert table["area.register.bit"].value == pytest.approx(aladdin["area.register.bit"].value * area, rel=1e-3)
+    mac = value("energy.multiply.int16") + value("energy.add.int32")
+    noc = load("eyeriss")["access.noc"].value * mac * scale(45, 28, "energy").value
+    assert table["access.noc"].value == pytest.approx(noc, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,15 @@ UNIT_COSTS = Form(
         "area": (((*OPERATIONS, "register"), (*FORMATS, "bit")), r"um2", "um2"),
         "access": ((LEVELS,), r"(pJ|MAC)/([1-9]\d*)?bit", "pJ/bit, pJ/16bit, MAC/16bit or the like"),
         "dram": ((None,), r"pJ/([1-9]\d*)?bit", "pJ/bit, pJ/64bit or the like"),
+        # By capacity in KiB, then by the port's width in bits.
+        "sram_read": ((None, None), r"pJ/([1-9]\d*)?bit", "pJ/bit, pJ/64bit or the like"),
+        "sram_write": ((None, None), r"pJ/([1-9]\d*)?bit", "pJ/bit, pJ/64bit or the like"),
+        "sram_area": ((None, None), r"mm2", "mm2"),
+        "sram_leakage": ((None, None), r"mW", "mW"),
         "scaling": ((("energy", "area"), None), r"ratio", "ratio"),
     },
     required=("value", "unit", "node", "source", "status"),
-    statuses={"published": False, "derived": True},
+    statuses={"published": False, "derived": True, "measured": True},
 )
 
 

@@ -31,7 +31,7 @@ class Entry:
     value     in `unit`: "pJ", "um2", "pJ/16bit" (for so many bits moved), "MAC/16bit" (relative), "ratio"
     node_nm   the process that it holds for; None if its source does not say
     source    the citation
-    status    "published", or "derived", and then `how` says from what; a target's also "measured", "fitted", "assumed"
+    status    "published"; "derived" or "measured", and then `how` says from what; targets have "fitted", "assumed" too
     range     the least and the greatest value met, where sources disagree
     """
 
