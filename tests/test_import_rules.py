@@ -19,6 +19,7 @@ ALLOWED = {
     "convert": {"nn"},
     "recipes": {"convert"},
     "cost": {"ops", "nn", "convert"},
+    "accelerator": {"ops", "nn", "convert", "cost"},
     "models": set(),
     "data": set(),
     "artefact": {"convert", "models", "nn"},

@@ -20,7 +20,14 @@ def logits(query: Tensor, key: Tensor, keep: Tensor | None, scale: float) -> tup
 def predict(
     query: Tensor, centred_key: Tensor, keep: Tensor | None, scale: float, threshold: float | Tensor, bits: int
 ) -> Tensor:
-    """Return the bool mask (B, H, Nq, Nk) of entries whose predicted probability is at least `threshold`.
+    """Return the bool mask (B, H, Nq, Nk) of entries whose predicted probability is at least `threshold`."""
+    mask = probabilities(query, centred_key, keep, scale, bits) >= threshold
+    return mask if keep is None else mask & keep[:, None, None, :]
+
+
+@torch.no_grad()
+def probabilities(query: Tensor, centred_key: Tensor, keep: Tensor | None, scale: float, bits: int) -> Tensor:
+    """Return the predicted softmax (B, H, Nq, Nk); padded keys have 0.
 
     Queries and centred keys are rounded to `bits` bits, symmetrically, with one step per image and head. Queries are
     all counted in their step: a key-padding mask says nothing about them.
@@ -28,8 +35,7 @@ def predict(
     query, query_step = quantise(query, bits)
     key, key_step = quantise(centred_key, bits)
     scores = (query * (query_step * key_step * scale)) @ key.mT
-    mask = hide(scores, keep).softmax(-1) >= threshold
-    return mask if keep is None else mask & keep[:, None, None, :]
+    return hide(scores, keep).softmax(-1)
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
