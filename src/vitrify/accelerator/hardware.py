@@ -68,7 +68,10 @@ class Systolic:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Lanes of scalar units; each starts an operation every `interval` cycles and has its result `latency` later."""
+    """Lanes of scalar units: each lane has one for every kind that it does, and these work side by side.
+
+    A unit starts an operation every `interval` cycles and has its result `latency` cycles later.
+    """
 
     lanes: int
     does: tuple[VectorKind, ...]

@@ -36,7 +36,9 @@ class Job:
     operation     the index of its placement in the program
     work          cycles that it needs by itself; `duration` counts what its SRAM port adds
     latency       cycles after its end at which its result can be used
-    after         jobs whose results it needs, or whose buffer it takes over
+    after         jobs whose results it needs
+    frees         jobs that must have ended, for it takes over their buffer
+    streams       (job, cycles): vector work whose results it takes as they come, so many cycles behind
     start, end    set by `run`, in cycles
     waits         what it waited for last, if its resource was idle: "operand", "dram" or nothing
     """
@@ -48,6 +50,8 @@ class Job:
     latency: int
     after: Sequence[Job]
     tile: Tile | None = None
+    frees: Sequence[Job] = ()
+    streams: Sequence[tuple[Job, int]] = ()
     start: int = 0
     end: int = 0
     waits: str = ""
@@ -83,10 +87,17 @@ def run(jobs: Sequence[Job]) -> tuple[int, dict[str, Queue]]:
     queues: dict[str, Queue] = {}
     total = 0
     for job in jobs:
-        ready, last = 0, None
+        ready, last, until = 0, None, 0
         for other in job.after:
             if other.end + other.latency > ready:
                 ready, last = other.end + other.latency, other
+        for other in job.frees:
+            if other.end > ready:
+                ready, last = other.end, other
+        for other, behind in job.streams:
+            if other.start + behind > ready:
+                ready, last = other.start + behind, other
+            until = max(until, other.end + behind)
         begin = free.get(job.resource)
         queue = queues.get(job.resource)
         if begin is None or queue is None:
@@ -99,7 +110,7 @@ def run(jobs: Sequence[Job]) -> tuple[int, dict[str, Queue]]:
         else:
             job.waits = ""
         job.start = start
-        job.end = free[job.resource] = start + job.duration
+        job.end = free[job.resource] = max(start + job.duration, until)
         queue.busy += job.duration
         queue.port += job.duration - job.work
         queue.jobs += 1

@@ -1,0 +1,341 @@
+"""Layers with weights, and vector work outside of attention, as jobs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+from vitrify.accelerator.grids import Grid, cuts
+from vitrify.accelerator.hardware import Hardware
+from vitrify.accelerator.lower import Lowering, Plan
+from vitrify.accelerator.placement import Mapping, array_of, base, elements, is_layer, sums, width
+from vitrify.accelerator.program import DRAM, Job, Tile
+from vitrify.accelerator.systolic import best
+from vitrify.cost.graph import Operand, Operation
+from vitrify.errors import InputError
+
+PORTIONS = 8
+"""Into how many portions a tensor is cut at most, for those that read it."""
+_ROW_CHUNK = 64
+
+
+class TileTooSmallError(InputError):
+    """A layer does not fit into a mapping's tiles."""
+
+
+class _Tiles(NamedTuple):
+    """How a layer is cut: ranges of rows, of the sum, and strips: of columns, or of whole groups side by side.
+
+    by_strips   all rows of a strip, then the next; else all strips for some rows, which stay in the buffers meanwhile
+    again       weights are fetched for each chunk of rows: only one tile of them is kept
+    """
+
+    rows: list[tuple[int, int]]
+    inner: list[tuple[int, int]]
+    strips: list[tuple[int, int]]
+    by_strips: bool
+
+    @property
+    def again(self) -> bool:
+        return len(self.inner) > 1 or (not self.by_strips and len(self.strips) > 1)
+
+
+def least_cycles(plan: Plan, mapping: Mapping) -> float:
+    """Return what the busiest resource needs for the layers with weights alone: no program of theirs is faster."""
+    busy: Counter[str] = Counter()
+    for index, placement in enumerate(plan.placements):
+        operation = placement.operation
+        if not is_layer(placement):
+            continue
+        array = array_of(placement, plan.hardware)
+        left, right = (min(width(o, plan.hardware), array.bits) for o in operation.inputs[:2])
+        tiles = _cut(operation, left, right, plan.hardware, mapping)
+        flows = (placement.dataflow,) if placement.dataflow else array.dataflows
+        for (row, many), (part, often), (strip, times) in product(*map(_classes, tiles[:3])):
+            columns, groups = (operation.n, strip) if operation.count > 1 else (strip, 1)
+            cost = best((row, part, columns), array.rows, array.columns, flows, mapping.limit)
+            busy[placement.engine] += cost.occupied * many * often * times * groups
+        bits = operation.k * operation.n * operation.count * right * (len(tiles.rows) if tiles.again else 1)
+        busy[DRAM] += bits / plan.hardware.dram_bits_per_cycle
+    return max(busy.values(), default=0.0)
+
+
+def _classes(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the lengths of ranges, and how often each occurs: all but the last are equal."""
+    return list(Counter(high - low for low, high in ranges).items())
+
+
+def _cut(operation: Operation, left: int, right: int, hardware: Hardware, mapping: Mapping) -> _Tiles:
+    """Cut weights, the left operand and partial sums so that each fits into a tile of its own."""
+    tile = mapping.tile_kib * 8192
+    partial = min(operation.bits[2], hardware.numbers.partial_bits)
+    m, k, n = operation.m, operation.k, operation.n
+    columns, inner, groups = n, k, 1
+    if operation.count > 1:
+        groups = min(operation.count, int(tile / (k * n * right)))
+    else:
+        columns = min(n, max(64, _rounded(tile / (k * right), 64)))
+        inner = min(k, _rounded(tile / (columns * right), 64))
+    rows = min(tile / (columns * groups * partial), tile / (inner * groups * left)) if inner and groups else 0
+    if rows < 1:
+        raise TileTooSmallError(
+            f"{operation.id} ({operation.module}), {m} x {k} x {n}, does not fit into tiles of {mapping.tile_kib:g} KiB"
+        )
+    parts = cuts(k, inner)
+    strips = cuts(operation.count, groups) if operation.count > 1 else cuts(n, columns)
+    by_strips = _Tiles(_even(m, rows), parts, strips, True)
+    kept = 2 * tile / (k * groups * left)  # rows that the two buffers for activations hold whole
+    if mapping.order == "strips" or kept < 1:
+        return by_strips
+    by_rows = _Tiles(_even(m, min(rows, kept)), parts, strips, False)
+    weights, rest = k * n * operation.count * right, m * k * operation.count * left
+    streams = len(by_strips.rows) * len(parts) > 1 and operation.count == 1
+    first = weights * (len(by_strips.rows) if by_strips.again else 1) + rest * (len(strips) if streams else 1)
+    return by_rows if weights * (len(by_rows.rows) if by_rows.again else 1) + rest < first else by_strips
+
+
+def _even(total: int, most: float) -> list[tuple[int, int]]:
+    """Cut into as few equal ranges as `most` allows."""
+    return cuts(total, -(-total // -(-total // min(total, int(most)))))
+
+
+def lower_layer(low: Lowering, index: int) -> None:
+    """Add the jobs of a product with weights: a linear layer, or a convolution as the product that it lowers to."""
+    _Layer(low, index).run()
+
+
+class _Layer:
+    def __init__(self, low: Lowering, index: int) -> None:
+        self.low, self.index = low, index
+        self.placement = low.plan.placements[index]
+        self.operation = self.placement.operation
+        self.array = array_of(self.placement, low.hardware)
+        self.left, self.right = (min(width(o, low.hardware), self.array.bits) for o in self.operation.inputs[:2])
+        self.partial = min(self.operation.bits[2], low.hardware.numbers.partial_bits)
+        self.tiles = _cut(self.operation, self.left, self.right, low.hardware, low.mapping)
+        self.stays = low.stays(base(self.operation.inputs[0].tensor))
+        self.source = low.grid(index, self.operation.inputs[0])
+        self.loaded: dict[Tile, Job] = {}
+        self.recent: list[Job] = []
+        self.waited: set[tuple[int, int]] = set()
+
+    def run(self) -> None:
+        op, low = self.operation, self.low
+        low.prefetch_small(self.index)
+        small = low.small(self.index)
+        rows, inner, strips, by_strips = self.tiles
+        tiles = [(s, r) for s in strips for r in rows] if by_strips else [(s, r) for r in rows for s in strips]
+        done: dict[tuple[tuple[int, int], tuple[int, int]], tuple[Job, ...]] = {}
+        weights: dict[Tile, Job] = {}
+        for strip, row in tiles:
+            job: Job | None = None
+            for part in inner:
+                key = Tile(0, (0, 0), strip, part)
+                if key not in weights or self.tiles.again:
+                    bits = (strip[1] - strip[0]) * (part[1] - part[0]) * self.right
+                    bits *= op.n if op.count > 1 else 1
+                    weights[key] = low.fetch(self.index, bits, key)
+                after = [*small, weights[key], *self._left(strip, row, part)]
+                low.next_tile()
+                job = self._tile(strip, row, part, after, first=part == inner[0], last=part == inner[-1])
+                low.end_tile(job)
+            if job is not None:
+                output = op.outputs[0]
+                cells = (row[1] - row[0]) * (strip[1] - strip[0]) * (op.n if op.count > 1 else 1)
+                done[strip, row] = low.publish(self.index, output.tensor, cells * width(output, low.hardware), job)
+        self._make_grid(strips, rows, done, by_strips)
+
+    def _make_grid(
+        self,
+        strips: Sequence[tuple[int, int]],
+        rows: Sequence[tuple[int, int]],
+        done: dict[tuple[tuple[int, int], tuple[int, int]], tuple[Job, ...]],
+        by_strips: bool,
+    ) -> None:
+        columns = by_strips and len(strips) > 1
+        outer, inner = (strips, rows) if columns else (rows, strips)
+        total = outer[-1][1]
+        edges, jobs = [], []
+        for low_index, high_index in cuts(len(outer), 1, PORTIONS):
+            edges.append(outer[high_index - 1][1] / total)
+            keys = [(o, i) if columns else (i, o) for o in outer[low_index:high_index] for i in inner]
+            jobs.append(tuple(job for key in keys for job in done[key]))
+        grid = Grid(1, self.operation.m, edges, [jobs], columns)
+        for output in self.operation.outputs:
+            self.low.grids[output.tensor] = grid
+
+    def _left(self, strip: tuple[int, int], row: tuple[int, int], part: tuple[int, int]) -> list[Job]:
+        """Return what the rows of the left operand wait for, loading them if they did not stay in the SRAM."""
+        op = self.operation
+        jobs: list[Job] = []
+        if row not in self.waited:  # queues are in order: what waits behind a job need not wait for the same again
+            self.waited.add(row)
+            low_end, high_end = row[0] / op.m, row[1] / op.m
+            if op.kind == "conv":  # neighbouring pixels, too
+                kernel = op.inputs[1].shape[-1] / op.inputs[0].shape[-2] if len(op.inputs[0].shape) > 2 else 0.0
+                low_end, high_end = max(0.0, low_end - kernel), min(1.0, high_end + kernel)
+            jobs = self.source.need(1, 0, op.m, low_end, high_end)
+        if self.stays:
+            return jobs
+        key = Tile(0, row, strip if op.count > 1 else (0, 0), part)
+        if key not in self.loaded:
+            # A convolution's input is smaller than the left operand of its lowering.
+            share = (row[1] - row[0]) / op.m * (part[1] - part[0]) / op.k
+            share *= (strip[1] - strip[0]) / op.count if op.count > 1 else 1.0
+            bits = min(elements(op.inputs[0]), op.m * op.k * op.count) * self.left * share
+            job = self.low.load(self.index, bits, jobs, self.recent[:1])
+            if self.tiles.by_strips:  # the buffers hold one tile; else they hold all parts of these rows
+                self.loaded = {}
+            self.loaded[key] = job
+        return [self.loaded[key]]
+
+    def _tile(
+        self,
+        strip: tuple[int, int],
+        row: tuple[int, int],
+        part: tuple[int, int],
+        after: Sequence[Job],
+        *,
+        first: bool,
+        last: bool,
+    ) -> Job:
+        op, low, array = self.operation, self.low, self.array
+        times = strip[1] - strip[0] if op.count > 1 else 1
+        columns = op.n if op.count > 1 else strip[1] - strip[0]
+        shape = (row[1] - row[0], part[1] - part[0], columns)
+        flows = (self.placement.dataflow,) if self.placement.dataflow else array.dataflows
+        cost = best(shape, array.rows, array.columns, flows, low.mapping.limit)
+        overlapped = low.plan.drain == "overlapped"
+        work = times * (cost.occupied if overlapped else cost.every_fold)
+        cells = shape[0] * columns * times
+        sums = cost.partial * times // 2
+        read = cost.left * times * self.left + cost.right * times * self.right
+        read += (sums + (0 if first else cells)) * self.partial
+        written = (sums + (0 if last else cells)) * self.partial
+        actions = low.actions[self.index]
+        actions["sram", "read"] += read
+        actions["sram", "write"] += written
+        actions["mac", self.placement.engine, op.primitive, str(self.left), str(self.right)] += math.prod(shape) * times
+        duration = max(work, math.ceil(read / array.port_bits), math.ceil(written / array.port_bits))
+        tile = Tile(0, row, strip, part)
+        latency = cost.latency if overlapped else 0
+        job = low.add(Job(self.placement.engine, self.index, work, duration, latency, after, tile))
+        self.recent = [*self.recent[-1:], job]
+        return job
+
+
+def lower_kernel(low: Lowering, indices: Sequence[int]) -> None:
+    """Add the jobs of vector work outside of attention that runs as one kernel: portion by portion, all operations.
+
+    Where rows are summed (norms) portions are of rows; else they are those of what the kernel reads. Where it is
+    tokens that are summed, each operation waits for the whole of the one before.
+    """
+    operations = [low.plan.placements[index].operation for index in indices]
+    if len(indices) > 1 and any(_mixes_tokens(operation) for operation in operations):
+        for index in indices:
+            lower_kernel(low, [index])
+        return
+    source = None if any(sums(operation) for operation in operations) else _followed(low, indices[0])
+    if source is not None:
+        groups, rows, edges, columns = source.groups, source.rows, source.edges, source.columns
+    else:
+        groups, columns = 1, False
+        rows = max(
+            _all_rows(o) for o in operations[0].inputs if o.kind == "activation" or len(operations[0].inputs) == 1
+        )
+        edges = [end / rows for _, end in cuts(rows, _ROW_CHUNK, PORTIONS)]
+    grids = {index: Grid(groups, rows, edges, [[] for _ in range(groups)], columns) for index in indices}
+    made = {o.tensor: index for index, operation in zip(indices, operations, strict=True) for o in operation.outputs}
+    recent: dict[int, list[Job]] = {index: [] for index in indices}
+    for group in range(groups):
+        begin = 0.0
+        for end in edges:
+            jobs: dict[int, Job] = {}
+            for index in indices:
+                jobs[index] = _portion(low, index, grids, made, jobs, recent[index], group, begin, end, source)
+                recent[index] = [*recent[index][-1:], jobs[index]]
+            begin = end
+    for index, operation in zip(indices, operations, strict=True):
+        grid = grids[index]
+        if _mixes_tokens(operation):
+            everything = [job for portions in grid.jobs for portion in portions for job in portion]
+            bits = elements(operation.outputs[0]) * width(operation.outputs[0], low.hardware)
+            done = low.publish(index, operation.outputs[0].tensor, bits, everything[-1])
+            grid = Grid(1, _all_rows(operation.outputs[0]), (1.0,), [[(*everything, *done)]])
+        for each in operation.outputs:
+            low.grids[each.tensor] = grid
+
+
+def _portion(
+    low: Lowering,
+    index: int,
+    grids: dict[int, Grid],
+    made: dict[str, int],
+    jobs: dict[int, Job],
+    recent: Sequence[Job],
+    group: int,
+    begin: float,
+    end: float,
+    source: Grid | None,
+) -> Job:
+    """Queue one operation's share of a portion."""
+    operation = low.plan.placements[index].operation
+    groups, rows = grids[index].groups, grids[index].rows
+    after, chained = [*low.small(index)], []
+    for operand in operation.inputs:
+        if operand.kind == "weight":
+            continue
+        producer = made.get(base(operand.tensor))
+        if producer is not None and producer in jobs:
+            chained.append(jobs[producer])
+            continue
+        found = low.grid(index, operand)
+        if found is source:
+            needed = list(found.jobs[group][len(grids[index].jobs[group])])
+        else:
+            needed = found.need(groups, group, max(1, _all_rows(operand) // groups), begin, end)
+        if not low.stays(base(operand.tensor)):
+            part = elements(operand) * width(operand, low.hardware) * (end - begin) / groups
+            needed = [low.load(index, part, needed, recent[:1])]
+        after += needed
+    tile = Tile(group, (round(begin * rows), round(end * rows)), (0, 0))
+    job = low.lanes(index, operation.elements * (end - begin) / groups, after, tile, chained)
+    if _mixes_tokens(operation):
+        grids[index].jobs[group].append((job,))
+    else:
+        output = operation.outputs[0]
+        bits = elements(output) * width(output, low.hardware) * (end - begin) / groups
+        grids[index].jobs[group].append(low.publish(index, output.tensor, bits, job))
+    return job
+
+
+def _mixes_tokens(operation: Operation) -> bool:
+    """Say whether the output has fewer rows than what is read."""
+    return _all_rows(operation.outputs[0]) < max(
+        (_all_rows(o) for o in operation.inputs if o.kind == "activation"), default=0
+    )
+
+
+def _followed(low: Lowering, index: int) -> Grid | None:
+    """Return the grid of an operand that the work goes through element by element, whole."""
+    operation = low.plan.placements[index].operation
+    for operand in operation.inputs:
+        whole = elements(operand) == elements(operation.outputs[0]) and "[" not in operand.tensor
+        if operand.kind == "activation" and whole:
+            grid = low.grid(index, operand)
+            if len(grid.edges) * grid.groups > 1:
+                return grid
+    return None
+
+
+def _all_rows(operand: Operand) -> int:
+    return max(1, elements(operand) // operand.shape[-1]) if operand.shape else 1
+
+
+def _rounded(size: float, step: int) -> int:
+    """Round down to a multiple of `step`, if that leaves something."""
+    whole = int(size)
+    return whole // step * step if whole >= step else whole
