@@ -161,18 +161,23 @@ def check_intrinsics(name: str, intrinsics: Tensor, height: int, width: int) -> 
         )
 
 
-def _image_size(name: str, image: Tensor | Path) -> tuple[int, int]:
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.float32:
-            raise InputError(f"view {name!r}: an image is (3, H, W) float32, not {tuple(image.shape)} {image.dtype}")
-        return image.shape[1], image.shape[2]
-    if not image.is_file():
-        raise InputError(f"view {name!r}: there is no image {image}")
+def read_size(name: str, path: Path) -> tuple[int, int]:
+    """Return (height, width) of an image file. Raises InputError naming the view where there is no such image."""
+    if not path.is_file():
+        raise InputError(f"view {name!r}: there is no image {path}")
     try:
-        with Image.open(image) as file:
+        with Image.open(path) as file:
             return file.height, file.width
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files.
-        raise InputError(f"view {name!r}: cannot read the image {image}: {error}") from error
+        raise InputError(f"view {name!r}: cannot read the image {path}: {error}") from error
+
+
+def _image_size(name: str, image: Tensor | Path) -> tuple[int, int]:
+    if not isinstance(image, Tensor):
+        return read_size(name, image)
+    if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.float32:
+        raise InputError(f"view {name!r}: an image is (3, H, W) float32, not {tuple(image.shape)} {image.dtype}")
+    return image.shape[1], image.shape[2]
 
 
 def _read_rgb(path: Path, backdrop: tuple[float, float, float]) -> Tensor:
