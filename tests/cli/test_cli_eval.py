@@ -133,3 +133,30 @@ def test_evaluation_while_training_leaves_bad_images_out_too(tmp_path):
     model = vitrify.create_model("vit_mini_patch2_28")
     assert len(open_data(str(photos), "test", model, on_error="skip")) == 4
     assert len(open_data(str(photos), "train", model, on_error="skip", augment="light")) == 5
+
+
+def test_a_hardwares_widths_stand_beside_float(artefact, tmp_path, capsys):
+    given = ["eval", artefact, "--data", "fashion-mnist:shipped", "--limit", "100"]
+    plain = result_of(given, tmp_path)
+    result = result_of([*given, "--hardware", "vitality"], tmp_path)
+    assert result["accuracy"] == plain["accuracy"]
+    assert abs(result["accuracy_hardware"] - result["accuracy"]) < 10
+    hardware = result["hardware"]
+    assert hardware["name"] == "vitality"
+    assert hardware["widths"]["partial"] == 24
+    assert set(hardware["cores"].values()) == {"Taylor attention, algorithm1"}
+    printed = capsys.readouterr().out
+    assert f"hardware  {result['accuracy_hardware']:.2f} %, at the widths of vitality" in printed
+    assert "4 x Taylor attention, algorithm1" in printed
+
+
+def test_without_labels_a_hardware_is_compared_with_float(artefact, tmp_path, capsys):
+    photos = write_images(tmp_path / "photos", 12)
+    result = result_of(["eval", artefact, "--data", photos, "--hardware", "vitality"], tmp_path)
+    assert result["agreement_hardware"]["pooled_cosine_mean"] > 0.95
+    assert "compared with float, at the widths of vitality" in capsys.readouterr().out
+
+
+def test_unknown_hardware_is_refused_before_any_work(artefact, capsys):
+    assert main(["eval", str(artefact), "--data", "fashion-mnist:shipped", "--hardware", "vitalty"]) == 2
+    assert "did you mean 'vitality'" in capsys.readouterr().err

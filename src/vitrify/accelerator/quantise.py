@@ -65,15 +65,17 @@ def form_of(hardware: str | Path | Hardware) -> Form:
 class Quantised:
     """What `quantise_` did, by qualified name.
 
-    layers   linear layers and convolutions, and what multiplies in them
-    cores    attention cores
-    floats   what still computes in float, and why
+    layers     linear layers and convolutions, and what multiplies in them
+    cores      attention cores
+    floats     what still computes in float, and why
+    overflows  layers whose sums took more bits, so far, than partial sums have; they were computed as if they had them
     """
 
     widths: Widths
     layers: dict[str, str] = field(default_factory=dict)
     cores: dict[str, str] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    overflows: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         w = self.widths
@@ -81,7 +83,12 @@ class Quantised:
         for found in (self.layers, self.cores):
             kinds = list(found.values())
             lines += [f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)]
-        return "\n".join([*lines, *(f"in float: {name}: {why}" for name, why in self.floats.items())])
+        lines += [f"in float: {name}: {why}" for name, why in self.floats.items()]
+        if self.overflows:
+            lines.append(
+                f"sums of {len(self.overflows)} layers take up to {max(self.overflows.values())} bits: widened"
+            )
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -94,7 +101,8 @@ def quantise_(model: nn.Module, widths: Widths, batches: Iterable[Any], form: Fo
     The model cannot be converted, trained or saved any more: copy it before.
 
     Raises InputError for no batches, another form, or numbers that are not finite; UnsupportedError for squares in
-    Taylor attention, which have no schedule. Once quantised, a call raises InputError where a sum overflows.
+    Taylor attention, which have no schedule. Once quantised, a call raises InputError where a sum of attention
+    overflows; layers note it in the report.
     """
     if form not in get_args(Form):
         raise unknown("form of Taylor attention", str(form), get_args(Form))
@@ -111,7 +119,7 @@ def quantise_(model: nn.Module, widths: Widths, batches: Iterable[Any], form: Fo
         model.eval()
         for batch in batches:
             _call(model, batch)
-    if not seen.inputs:
+    if not seen.inputs and not seen.queries:
         raise InputError("batches is empty: give a few inputs of the model")
     for name, core in cores.items():
         if name not in seen.queries:
@@ -133,7 +141,7 @@ def quantise_(model: nn.Module, widths: Widths, batches: Iterable[Any], form: Fo
             rounding = RoundedInput(seen.inputs[name], widths.activations)
             layer.register_forward_pre_hook(rounding)
             if not isinstance(layer, Mixture):
-                layer.register_forward_hook(PartialSums(name, unit * rounding.unit, widths.partial))
+                layer.register_forward_hook(PartialSums(name, unit * rounding.unit, widths.partial, report.overflows))
     return report
 
 
@@ -182,7 +190,7 @@ def _core(name: str, core: nn.Module, seen: _Seen, widths: Widths, form: Form, r
         return core
     if isinstance(core, Taylor) and not (isinstance(core, TaylorSparse) and not core.low_rank):
         report.cores[name] = f"Taylor attention, {form}"
-        return FixedTaylor(core, SCHEDULES[form].of(ranges, *seen.calls[name], widths))
+        return FixedTaylor(name, core, SCHEDULES[form].of(ranges, *seen.calls[name], widths))
     assert isinstance(core, (Softmax, TaylorSparse))
     kind: Callable[..., nn.Module] = RoundedSoftmax if isinstance(core, Softmax) else RoundedCore
     report.cores[name] = f"softmax attention, {widths.activations}-bit operands"

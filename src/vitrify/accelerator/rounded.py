@@ -38,23 +38,22 @@ class RoundedInput:
 
 
 class PartialSums:
-    """A forward hook: raises InputError if a layer's sum does not fit into its accumulator.
+    """A forward hook: notes how many bits a layer's sums take where an accumulator has fewer.
 
-    unit  of the sums, per output channel: the input's times the weight's
+    unit   of the sums, per output channel: the input's times the weight's
+    found  where to note it: {layer: bits}
     """
 
-    def __init__(self, name: str, unit: Tensor, bits: int) -> None:
-        self.name, self.unit, self.bits = name, unit, bits
+    def __init__(self, name: str, unit: Tensor, bits: int, found: dict[str, int]) -> None:
+        self.name, self.unit, self.bits, self.found = name, unit, bits, found
 
     def __call__(self, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Check the sums behind a layer's output."""
-        channels = output.detach().movedim(1, -1) if isinstance(layer, nn.Conv2d) else output.detach()
+        """Look at the sums behind a layer's output."""
+        channels = output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output
         sums = channels if layer.bias is None else channels - layer.bias
-        largest = int((sums.flatten(0, -2).abs().amax(0) / self.unit).max().round()) if sums.numel() else 0
+        largest = int((sums.detach().flatten(0, -2).abs().amax(0) / self.unit).max()) if sums.numel() else 0
         if largest > limits(self.bits)[1]:
-            raise InputError(
-                f"{self.name}: its sums reach {largest.bit_length() + 1} bits, but partial sums have {self.bits}"
-            )
+            self.found[self.name] = max(largest.bit_length() + 1, self.found.get(self.name, 0))
 
 
 @torch.no_grad()
@@ -91,9 +90,9 @@ class FixedTaylor(Core):
     A bias that `source` carries is added as in `nn.bias`, its weights rounded like values; the sum is in float.
     """
 
-    def __init__(self, source: Taylor, schedule: Algorithm1 | Affine) -> None:
+    def __init__(self, name: str, source: Taylor, schedule: Algorithm1 | Affine) -> None:
         super().__init__()
-        self.source, self.schedule = source, schedule
+        self.name, self.source, self.schedule = name, source, schedule
 
     def forward(
         self,
@@ -108,11 +107,17 @@ class FixedTaylor(Core):
         bias: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend; shapes in `nn.cores`. Raises UnsupportedError for masks, InputError for another number of keys."""
+        """Attend; shapes in `nn.cores`.
+
+        Raises UnsupportedError for masks, InputError for another number of keys and for a sum that overflows.
+        """
         if attn_mask is not None or is_causal:
             raise UnsupportedError("attention in fixed point takes no mask: n is a constant of its schedule")
-        codes = self.schedule.quantise(query, key, value)
-        out = (self.schedule(*codes) * self.schedule.units.output).to(query.dtype)
+        try:
+            codes = self.schedule(*self.schedule.quantise(query, key, value))
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
+        out = (codes * self.schedule.units.output).to(query.dtype)
         if bias is None or self.source.bias == "drop":
             return out
         bits = self.schedule.widths.activations

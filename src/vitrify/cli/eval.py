@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,15 +15,21 @@ from vitrify.errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitrify.accelerator.quantise import Quantised
+
 NEIGHBOURS = 10
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "vitrify eval runs/tuned --data fashion-mnist\n\n"
     "vitrify eval runs/tuned --data ./photos --against original --json result.json\n\n"
     "vitrify eval vit_mini_patch2_28 --pretrained --data fashion-mnist --limit 500\n\n"
+    "vitrify eval runs/tuned --data fashion-mnist --hardware vitality\n\n"
     "[bold]Against[/bold] the original: cosine of output tokens and of pooled features (1 is equal), and kNN "
-    "agreement, the share of an image's 10 nearest neighbours among these images that both encoders agree on."
+    "agreement, the share of an image's 10 nearest neighbours among these images that both encoders agree on.\n\n"
+    "[bold]Hardware[/bold]: products of integers at its widths, with scales found on images of the training split (of "
+    "the split itself where there is none); normalisation, GELU and softmax's exponents in float."
 )
+CALIBRATION_IMAGES = 64
 
 
 def evaluate(
@@ -34,6 +41,13 @@ def evaluate(
             metavar="original|PATH",
             help="Also compare with the unconverted model (its weights as they were before conversion), "
             "or with the artefact, finished run or checkpoint at PATH.",
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Also measure the model at the widths of this accelerator: a preset's name, or a YAML file.",
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
@@ -50,6 +64,10 @@ def evaluate(
 ) -> None:
     """Measure a model: accuracy where the images have labels; with --against, how far it agrees with the original."""
     target = options.pick_device(device)
+    if hardware is not None:
+        from vitrify.accelerator.hardware import load
+
+        load(hardware)  # before any work
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise InputError(f"--json {json_file}: there is no folder {json_file.parent}")
     built = options.load_model(
@@ -62,8 +80,14 @@ def evaluate(
     )
     reference = None if against is None else find_original(built, against)
     dataset = options.open_data(data, split, built, on_error=on_error, limit=limit)
-    result = measure(built.to(target), reference and reference.to(target), dataset, batch_size)
-    result = {"model": model, "against": against, "data": dataset.source, "split": split, **result}
+    built = built.to(target).eval()
+    known = {"model": model, "against": against, "data": dataset.source, "split": split}
+    rounded, done = None, None
+    if hardware is not None:
+        rounded, done = at_widths_of(hardware, built, _calibration(data, split, built, on_error))
+    result = {**known, **measure(built, reference and reference.to(target), dataset, batch_size, rounded)}
+    if done is not None:
+        result["hardware"] = {"name": hardware, **asdict(done), "summary": str(done)}
     if json_file is not None:
         from vitrify.files import write_atomically
 
@@ -96,28 +120,60 @@ def find_original(model: nn.Module, against: str, *, needs_head: bool = True) ->
     return original.eval()
 
 
-def measure(model: nn.Module, original: nn.Module | None, dataset: Any, batch_size: int) -> dict[str, Any]:
-    """Return accuracy (if labelled, and the model classifies) and agreement (if there is an original)."""
+def at_widths_of(hardware: str, model: nn.Module, images: Any) -> tuple[nn.Module, Quantised]:
+    """Return a copy of the model that computes at a hardware's widths, and what was done to it."""
+    from vitrify.accelerator.quantise import form_of, quantise_, widths_of
+    from vitrify.nn.copying import copy_without_hooks
+
+    rounded = copy_without_hooks(model)
+    device = next(model.parameters()).device
+    return rounded, quantise_(rounded, widths_of(hardware), [images.to(device)], form_of(hardware))
+
+
+def _calibration(data: str, split: str, model: nn.Module, on_error: str) -> Any:
+    """Return a batch of images to find scales on: of the training split, or of `split` where there is none."""
+    import torch
+
+    try:
+        images = options.open_data(data, "train", model, on_error=on_error, limit=CALIBRATION_IMAGES)
+    except InputError:
+        images = options.open_data(data, split, model, on_error=on_error, limit=CALIBRATION_IMAGES)
+    return torch.stack([images[index][0] for index in range(len(images))])
+
+
+def measure(
+    model: nn.Module, original: nn.Module | None, dataset: Any, batch_size: int, rounded: nn.Module | None = None
+) -> dict[str, Any]:
+    """Return accuracy (if labelled, and the model classifies) and agreement (if there is an original).
+
+    rounded: the model at a hardware's widths, whose agreement with the model is measured where it has no accuracy.
+    """
     from torch.utils.data import DataLoader
 
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size)
     result: dict[str, Any] = {"images": len(dataset)}
-    models = {"accuracy": model} | ({"accuracy_original": original} if original is not None else {})
+    models = {"accuracy": model, "accuracy_hardware": rounded, "accuracy_original": original}
     for name, candidate in models.items():
-        if (accuracy := _accuracy(candidate, dataset, loader)) is not None:
+        if candidate is not None and (accuracy := _accuracy(candidate, dataset, loader)) is not None:
             result[name] = accuracy
     if original is not None:
-        from vitrify.train import evaluate_against
-
-        if len(dataset) < 2:
-            raise InputError("comparing neighbours takes at least 2 images")
-        neighbours = min(NEIGHBOURS, len(dataset) - 1)
-        compared = evaluate_against(original, model, options.progress(loader, "comparing"), k=neighbours)
-        result["agreement"] = {"k": neighbours, **compared}
+        result["agreement"] = _agreement(original, model, loader)
+    if rounded is not None and "accuracy_hardware" not in result:
+        result["agreement_hardware"] = _agreement(model, rounded, loader)
     if len(result) == 1:
         raise InputError("nothing to measure: without labels, or without a classifier, give --against original")
     result["skipped"] = [{"path": str(path), "reason": reason} for path, reason in dataset.skipped]
     return result
+
+
+def _agreement(original: nn.Module, model: nn.Module, loader: Any) -> dict[str, Any]:
+    from vitrify.train import evaluate_against
+
+    images = len(loader.dataset)
+    if images < 2:
+        raise InputError("comparing neighbours takes at least 2 images")
+    neighbours = min(NEIGHBOURS, images - 1)
+    return {"k": neighbours, **evaluate_against(original, model, options.progress(loader, "comparing"), k=neighbours)}
 
 
 def _accuracy(model: nn.Module, dataset: Any, loader: Any) -> float | None:
@@ -150,10 +206,21 @@ def _print(result: dict[str, Any]) -> None:
     for name, label in (("accuracy", "accuracy"), ("accuracy_original", "original")):
         if name in result:
             typer.echo(f"{label:<9} {result[name]:.2f} %")
-    if agreed := result.get("agreement"):
-        for name in ("token", "pooled"):
-            mean, lowest = agreed[f"{name}_cosine_mean"], agreed[f"{name}_cosine_min"]
-            typer.echo(f"{name:<9} cosine {mean:.4f} (lowest {lowest:.4f})")
-        typer.echo(f"kNN       {agreed['knn_overlap']:.4f} of the {agreed['k']} nearest neighbours are the same")
+    if "agreement" in result:
+        _print_agreement(result["agreement"])
+    if hardware := result.get("hardware"):
+        reached = f"{result['accuracy_hardware']:.2f} %" if "accuracy_hardware" in result else "compared with float"
+        typer.echo(f"hardware  {reached}, at the widths of {hardware['name']}")
+        if "agreement_hardware" in result:
+            _print_agreement(result["agreement_hardware"])
+        for line in hardware["summary"].splitlines():
+            typer.echo(f"          {line}")
     for skipped in result["skipped"]:
         typer.echo(f"skipped   {skipped['path']}: {skipped['reason']}", err=True)
+
+
+def _print_agreement(agreed: dict[str, Any]) -> None:
+    for name in ("token", "pooled"):
+        mean, lowest = agreed[f"{name}_cosine_mean"], agreed[f"{name}_cosine_min"]
+        typer.echo(f"{name:<9} cosine {mean:.4f} (lowest {lowest:.4f})")
+    typer.echo(f"kNN       {agreed['knn_overlap']:.4f} of the {agreed['k']} nearest neighbours are the same")
