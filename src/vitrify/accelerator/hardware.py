@@ -46,7 +46,7 @@ class Systolic:
     """An array of rows x columns PEs, each of which multiplies (shifts, adds) and accumulates once a cycle.
 
     primitives    what its PEs can do; more than one makes them reconfigurable
-    bits          width of the operands
+    left_bits, right_bits   widths of the operands: activations (or codes), and weights (or values)
     dataflows     which operand may stay in the PEs: the output, the weight (right operand) or the input (left operand)
     in_place      PEs have a second accumulation mode: what they accumulated can be the next product's right operand
     port_bits     what the array can read from the SRAM in a cycle, and as much again write
@@ -55,7 +55,8 @@ class Systolic:
     rows: int
     columns: int
     primitives: tuple[Primitive, ...] = ("multiply",)
-    bits: int = 8
+    left_bits: int = 8
+    right_bits: int = 8
     dataflows: tuple[Dataflow, ...] = DATAFLOWS
     in_place: bool = False
     port_bits: int = 4096
@@ -146,7 +147,8 @@ class Hardware:
                 raise unknown(f"place in hardware {self.name!r}", place, _places(data))
             section[last] = list(value) if isinstance(value, tuple) else value
         changed = parse(data, name or self.name)
-        return replace(changed, standing={**self.standing, **dict.fromkeys(changes, cast(Standing, "assumed"))})
+        assumed: dict[str, Standing] = dict.fromkeys(changes, "assumed")
+        return replace(changed, standing={**self.standing, **assumed})
 
 
 def names() -> list[str]:
@@ -173,7 +175,7 @@ def parse(data: Mapping[str, Any], name: str) -> Hardware:
     check_schema(data, _schema(), _schema(), f"hardware {name!r}")
     engines: dict[str, Engine] = {}
     for engine, entries in data["engines"].items():
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
         kind = fields.pop("kind")
         try:
             engines[engine] = Systolic(**fields) if kind == "systolic" else Lanes(**fields)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from vitrify.accelerator.grids import Grid
 from vitrify.accelerator.lower import Lowering
-from vitrify.accelerator.placement import Placement, array_of, base, elements, grouping, kernel, width
+from vitrify.accelerator.placement import Placement, array_of, base, elements, grouping, kernel, operand_bits, width
 from vitrify.accelerator.program import Job, Tile
 from vitrify.accelerator.stages import Stage, sums_over_tokens
 from vitrify.accelerator.systolic import best
@@ -143,7 +143,7 @@ class _State:
         if self.stage.mode == "whole":
             return False
         if self.operation.kind == "matmul":
-            return position == 0 or self.stage.mode == "sum"
+            return position != 1 or self.stage.mode == "sum"
         largest = max(elements(o) for o in (*self.activations, *self.operation.outputs))
         rows = operand.shape[-2] if len(operand.shape) > 1 else 1
         return elements(operand) == largest or rows == self.rows
@@ -180,7 +180,7 @@ class _State:
         if placement.cycles:
             total = placement.cycles[group % len(placement.cycles)]
             work = total * (part + 1) // parts - total * part // parts
-        left, right = (min(b, array.bits) for b in operation.bits[:2])
+        left, right = operand_bits(operation, array, low.hardware)
         partial = min(operation.bits[2], low.hardware.numbers.partial_bits)
         sums = cost.partial * partial
         if self.stage.mode == "sum" and parts > 1 and cost.dataflow != "output" and not placement.in_place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vitrify.accelerator.grids import Grid, cuts
 from vitrify.accelerator.hardware import Hardware
 from vitrify.accelerator.lower import Lowering, Plan
-from vitrify.accelerator.placement import Mapping, array_of, base, elements, is_layer, sums, width
+from vitrify.accelerator.placement import Mapping, array_of, base, elements, is_layer, operand_bits, sums, width
 from vitrify.accelerator.program import DRAM, Job, Tile
 from vitrify.accelerator.systolic import best
 from vitrify.cost.graph import Operand, Operation
@@ -45,13 +45,13 @@ class _Tiles(NamedTuple):
 
 def least_cycles(plan: Plan, mapping: Mapping) -> float:
     """Return what the busiest resource needs for the layers with weights alone: no program of theirs is faster."""
-    busy: Counter[str] = Counter()
-    for index, placement in enumerate(plan.placements):
+    busy: defaultdict[str, float] = defaultdict(float)
+    for placement in plan.placements:
         operation = placement.operation
         if not is_layer(placement):
             continue
         array = array_of(placement, plan.hardware)
-        left, right = (min(width(o, plan.hardware), array.bits) for o in operation.inputs[:2])
+        left, right = operand_bits(operation, array, plan.hardware)
         tiles = _cut(operation, left, right, plan.hardware, mapping)
         flows = (placement.dataflow,) if placement.dataflow else array.dataflows
         for (row, many), (part, often), (strip, times) in product(*map(_classes, tiles[:3])):
@@ -113,7 +113,7 @@ class _Layer:
         self.placement = low.plan.placements[index]
         self.operation = self.placement.operation
         self.array = array_of(self.placement, low.hardware)
-        self.left, self.right = (min(width(o, low.hardware), self.array.bits) for o in self.operation.inputs[:2])
+        self.left, self.right = operand_bits(self.operation, self.array, low.hardware)
         self.partial = min(self.operation.bits[2], low.hardware.numbers.partial_bits)
         self.tiles = _cut(self.operation, self.left, self.right, low.hardware, low.mapping)
         self.stays = low.stays(base(self.operation.inputs[0].tensor))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,9 +75,9 @@ class Plan:
         for placement in self.placements:
             for output in placement.operation.outputs:
                 readers = [self.placements[index].operation for index in self.readers.get(output.tensor, ())]
-                if len(readers) == 1 and readers[0].kind == "vector" and placement.engine:
-                    if kernel(readers[0]) == kernel(placement.operation):
-                        found.add(output.tensor)
+                once = len(readers) == 1 and readers[0].kind == "vector" and bool(placement.engine)
+                if once and kernel(readers[0]) == kernel(placement.operation):
+                    found.add(output.tensor)
         return frozenset(found)
 
     @cached_property
@@ -135,7 +135,7 @@ class Lowering:
         self.tile_bits = mapping.tile_kib * 8192
         self.room = mapping.room(plan.hardware)
         self.jobs: list[Job] = []
-        self.actions: list[Counter[Action]] = [Counter() for _ in plan.placements]
+        self.actions: list[defaultdict[Action, float]] = [defaultdict(float) for _ in plan.placements]
         self.grids: dict[str, Grid] = {}
         self.barrier: list[Job] = []
         self._small: dict[int, Job] = {}
@@ -154,7 +154,7 @@ class Lowering:
         return self.jobs
 
     # A tile's operands are fetched while the tile before is computed: their loads enter the DRAM's queue ahead of what
-    # that tile writes, and wait only for the buffer, which the tile before that one used. `_held` has what comes behind.
+    # that tile writes, and wait only for the buffer, which the tile before that one used. `_held` comes behind them.
 
     def fetch(self, index: int, bits: float, tile: Tile | None = None) -> Job:
         """Load weights, ahead of the tile in hand."""

@@ -40,8 +40,8 @@ class Mapping:
 
     tile_kib   size of a tile: two for weights, two for activations that come from DRAM and one for partial sums are
                set aside in the SRAM; activations that stay have the rest
-    order      "strips": all rows of a strip of weights, then the next; "traffic": that or all weights for some rows, then
-               the next, whichever moves less if activations come from DRAM
+    order      "strips": all rows of a strip of weights, then the next; "traffic": that or all weights for some rows,
+               then the next, whichever moves less if activations come from DRAM
     limit      rows and columns of the arrays in use at most; None: all
     """
 
@@ -73,6 +73,14 @@ def width(operand: Operand, hardware: Hardware) -> int:
     """Return the bits in which the hardware stores one of its elements."""
     numbers = hardware.numbers
     return min(operand.bits, numbers.weight_bits if operand.kind == "weight" else numbers.activation_bits)
+
+
+def operand_bits(operation: Operation, array: Systolic, hardware: Hardware) -> tuple[int, int]:
+    """Return the widths in which an array takes a product's operands: their own, if it has room for them."""
+    left, right = (
+        min(width(o, hardware), bits) for o, bits in zip(operation.inputs[:2], operation.bits[:2], strict=True)
+    )
+    return min(left, array.left_bits), min(right, array.right_bits)
 
 
 def is_layer(placement: Placement) -> bool:

@@ -92,10 +92,10 @@ class Prices:
         partial = self.hardware.numbers.partial_bits
         cells = self._operations.at_width("area", "add", partial).value
         if "multiply" in array.primitives:
-            cells += self._operations.at_width("area", "multiply", array.bits).value
+            cells += self._operations.at_width("area", "multiply", (array.left_bits * array.right_bits) ** 0.5).value
         if "shift" in array.primitives:
-            cells += self._operations.at_width("area", "shift", array.bits).value
-        bits = 3 * array.bits + partial * (2 if array.in_place else 1)
+            cells += self._operations.at_width("area", "shift", max(array.left_bits, array.right_bits)).value
+        bits = array.left_bits + 2 * array.right_bits + partial * (2 if array.in_place else 1)
         register = self._registers["area.register.bit"].value * self._register_area
         return cells * self._area + bits * register
 

@@ -33,6 +33,28 @@ def schedule(name: str) -> Callable[[Schedule], Schedule]:
     return register
 
 
+def depthwise_on_lanes(workload: Workload, hardware: Hardware) -> Workload:
+    """Return the workload with depth-wise convolutions as vector work: a multiplication and an addition a product.
+
+    Each channel would take one column of an array, and all of its pixels' cycles: lanes are faster by their number
+    over the kernel's size. Without lanes that multiply and add, or with as large a kernel, nothing is changed.
+    """
+    kinds = {
+        kind: engine.lanes for engine in hardware.engines.values() if isinstance(engine, Lanes) for kind in engine.does
+    }
+    lanes = min(kinds.get("mul", 0), kinds.get("add", 0))
+    operations: list[Operation] = []
+    for operation in workload.operations:
+        if operation.kind != "conv" or operation.n != 1 or operation.count == 1 or operation.k >= lanes:
+            operations.append(operation)
+            continue
+        between = replace(operation.outputs[0], tensor=f"{operation.id}.mul.out", producer=f"{operation.id}.mul")
+        vector = replace(operation, kind="vector", m=0, k=0, n=0, count=1, elements=operation.macs, vector="mul")
+        operations.append(replace(vector, id=f"{operation.id}.mul", outputs=(between,)))
+        operations.append(replace(vector, vector="add", inputs=(between,)))
+    return replace(workload, operations=tuple(operations))
+
+
 def place(operation: Operation, hardware: Hardware, dataflow: Dataflow | None = None) -> Placement:
     """Place an operation on the first engine that does what it needs.
 
@@ -123,6 +145,7 @@ def g_stationary(workload: Workload, hardware: Hardware, masks: Masks | None = N
                     f"{operation.id} ({operation.module}): its `in_place` is false"
                 )
             flow: Dataflow = "output" if operation.step == "2" else "weight"
-            placement = replace(placement, dataflow=flow, in_place=operation.step == "5")
-        found.append(placement)
+            found.append(replace(placement, dataflow=flow, in_place=operation.step == "5"))
+        else:
+            found.append(placement)
     return found

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -20,12 +20,13 @@ from vitrify.accelerator.hardware import Hardware, load
 from vitrify.accelerator.heads import lower_heads
 from vitrify.accelerator.layers import TileTooSmallError, least_cycles, lower_kernel, lower_layer
 from vitrify.accelerator.lower import Action, Lowering, Plan
-from vitrify.accelerator.masks import Masks
+from vitrify.accelerator.masks import Masks, synthetic_for
 from vitrify.accelerator.placement import Drain, Mapping, Order
 from vitrify.accelerator.prices import Prices
 from vitrify.accelerator.program import DRAM, Job, Queue, run
 from vitrify.accelerator.result import OperationCost, Result
-from vitrify.accelerator.schedules import SCHEDULES, Schedule
+from vitrify.accelerator.schedules import SCHEDULES, Schedule, depthwise_on_lanes
+from vitrify.accelerator.sparse import DENSITIES
 from vitrify.cost.graph import Primitive, Workload
 from vitrify.errors import InputError, unknown
 
@@ -72,7 +73,12 @@ def simulate(
         raise unknown("objective", str(objective), get_args(Objective))
     function = SCHEDULES[name] if isinstance(name, str) else name
     notes = [f"charged nothing, as no rule knows them: {', '.join(workload.unknown)}"] if workload.unknown else []
+    workload = depthwise_on_lanes(workload, machine)
+    if masks is None and name in DENSITIES and any(operation.step == "qk" for operation in workload.operations):
+        masks = synthetic_for(workload, DENSITIES[str(name)])
     placements = list(function(workload, machine, masks))
+    if masks is not None and any(placement.kept for placement in placements):
+        notes.append(f"masks {masks.source}, density {masks.density:.3g}")
     plan = Plan(machine, placements, pipeline, drain)
     for index, placement in enumerate(placements):
         if placement.engine and placement.engine not in machine.engines:
@@ -106,7 +112,7 @@ def simulate(
 
 
 def candidates(hardware: Hardware) -> Iterator[Mapping]:
-    """Give the mappings that `simulate` tries: sizes and limits that do not depend on the hardware, as far as it has them."""
+    """Give the mappings that `simulate` tries: of sizes and limits that are no hardware's own, those that it has."""
     sides = max(max(array.rows, array.columns) for array in hardware.arrays.values()) if hardware.arrays else 0
     for limit in (None, *(limit for limit in reversed(LIMITS) if limit < sides)):
         for tile in reversed(TILES):
@@ -141,15 +147,15 @@ def _result(
     prices: Prices,
     notes: Sequence[str],
 ) -> Result:
-    energy: Counter[str] = Counter(dict.fromkeys([*plan.hardware.engines, "registers", "sram", "noc", DRAM], 0.0))
-    bits: Counter[str] = Counter()
-    macs: Counter[str] = Counter()
+    energy = dict.fromkeys([*plan.hardware.engines, "registers", "sram", "noc", DRAM], 0.0)
+    bits: defaultdict[str, float] = defaultdict(float)
+    macs: defaultdict[str, float] = defaultdict(float)
     per_operation = []
     for actions in low.actions:
-        before = energy.total()
+        before = sum(energy.values())
         for action, count in actions.items():
             _charge(action, count, prices, energy, bits, macs)
-        per_operation.append(energy.total() - before)
+        per_operation.append(sum(energy.values()) - before)
     spans = _spans(low.jobs)
     operations = [
         OperationCost(
@@ -180,7 +186,12 @@ def _result(
 
 
 def _charge(
-    action: Action, count: float, prices: Prices, energy: Counter[str], bits: Counter[str], macs: Counter[str]
+    action: Action,
+    count: float,
+    prices: Prices,
+    energy: dict[str, float],
+    bits: dict[str, float],
+    macs: dict[str, float],
 ) -> None:
     kind = action[0]
     if kind == "mac":

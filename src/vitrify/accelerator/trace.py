@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def trace(result: Result) -> dict[str, Any]:
-    """Return the Trace Event form: complete events ("X"), times in us, the tile and what was waited for as arguments."""
+    """Return the Trace Event form: complete events ("X"), times in us, the tile and what it waited for as arguments."""
     rows = {name: number for number, name in enumerate(result.queues, start=1)}
     scale = 1 / result.hardware.clock_mhz
     events: list[dict[str, Any]] = [
