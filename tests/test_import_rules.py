@@ -24,6 +24,8 @@ ALLOWED = {
     "data": set(),
     "artefact": {"convert", "models", "nn"},
     "train": {"convert", "artefact", "data", "nn", "ops"},
+    # artefact: released checkpoints are read, and models described, by what it has for that.
+    "nvs": {"convert", "train", "data", "cost", "nn", "artefact"},
     "tvm": {"ops", "nn", "convert", "artefact"},
     # models: it builds them by name, and they register themselves with timm when they are imported.
     # cost: its floors are what `vitrify probe` measures.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from vitrify.convert.specs import AttentionSpec, Spec
 from vitrify.errors import InputError, unknown
 
 _HF_PREFIX = "hf:"
+
+# Parts of vitrify with models of their own, and the module of each that has `describe` and `rebuild` for them; it is
+# imported when such a model, or its record, is met.
+_PARTS = {"vitrify.nvs": "vitrify.nvs.presets"}
 
 
 def create_model(
@@ -59,6 +64,9 @@ def describe(model: nn.Module, converted: set[str]) -> dict[str, Any]:
 
     `converted` names the modules that `convert_` changed: they are compared no further.
     """
+    part = next((part for part in _PARTS if type(model).__module__.startswith(f"{part}.")), None)
+    if part is not None:
+        return {**importlib.import_module(_PARTS[part]).describe(model, converted), "library": part}
     return hf_models.describe(model, converted) if is_transformers(model) else timm_models.describe(model, converted)
 
 
@@ -69,12 +77,15 @@ def rebuild(record: Mapping[str, Any]) -> nn.Module:
         return timm_models.rebuild(record)
     if library == "transformers":
         return hf_models.rebuild(record)
+    if library in _PARTS:
+        rebuilt: nn.Module = importlib.import_module(_PARTS[library]).rebuild(record)
+        return rebuilt
     if library == "caller":
         raise InputError(
             f"this artefact holds a {record.get('class')} that vitrify cannot build ({record.get('reason')}): "
             "build the same model yourself and pass it, `vitrify.load(path, model=model)`"
         )
-    raise unknown("model library", str(library), ["timm", "transformers", "caller"])
+    raise unknown("model library", str(library), ["timm", "transformers", "caller", *_PARTS])
 
 
 def rebuild_original(record: Mapping[str, Any]) -> nn.Module:

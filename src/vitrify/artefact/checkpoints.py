@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return _unwrapped(read_safetensors(path))
     if path.suffix not in _TORCH_SUFFIXES:
         raise InputError(f"cannot tell what {path} is: expected .safetensors or one of {', '.join(_TORCH_SUFFIXES)}")
-    return _unwrapped(_pick_state(_read_torch(path), path))
+    return _unwrapped(_pick_state(read_torch(path), path))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -56,7 +56,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
+    """Return what a torch file holds, tensors on the CPU; InputError where it is damaged or needs code to be read."""
     try:
         # timm's training script stores its command line as a Namespace: plain attributes, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -49,7 +49,7 @@ def attention_multiplications(model: nn.Module, images: Tensor) -> int:
         convolution = attentions[core].value_conv
         if convolution is not None:
             batch, heads, tokens, width = args[2].shape
-            kernel_size = convolution.conv.kernel_size[0]
+            kernel_size = convolution.conv.kernel_size
             total += batch * heads * ValueConv.multiplications(kernel_size, tokens, width)
 
     with observe_cores(model, count):

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitrify.convert.adapters import adapter_for, looks_like_attention, no_adapter_reason, qualified_name
+from vitrify.convert.adapters import (
+    adapter_for,
+    looks_like_attention,
+    no_adapter_reason,
+    qualified_name,
+    without_products,
+)
 from vitrify.convert.adapters.base import Adapter, adopt, make_core, objection, release_grids
 from vitrify.convert.conversion import Change, Conversion
 from vitrify.convert.linears import LinearSite, convert_linear, linear_specs, plan_linears
@@ -104,6 +110,9 @@ def _plan(
         if filter_fn is not None and not filter_fn(module, name):
             conversion.kept.append(Change(name, source, "filter_fn left it out"))
             continue
+        if (nothing := without_products(module)) is not None:
+            conversion.kept.append(Change(name, source, nothing))
+            continue
         spec = recipe.spec_for(name)
         reason = no_adapter_reason(module) if adapter is None else objection(module, adapter, spec)
         if adapter is None or reason is not None:
@@ -138,11 +147,11 @@ def _trial(
         return Trial()
     chosen = size or default_input_size(model)
     problem = "the model does not say its image size"
-    if chosen is not None:
+    if chosen is not None or hasattr(model, "example_batch"):
         try:
             trial = trial_run(model, {site.name: site.adapter for site in sites}, [s.name for s in linears], chosen)
         except Exception as error:  # any model may be given, and may fail in any way
-            problem = f"a trial run at {chosen} failed: {type(error).__name__}: {error}"
+            problem = f"a trial run at {chosen or 'its example batch'} failed: {type(error).__name__}: {error}"
             if size is not None:
                 raise InputError(f"input_size {size} does not suit the model: {problem}") from error
         else:
@@ -163,7 +172,7 @@ def _apply(model: nn.Module, site: _Site, shape: Shape | None, conversion: Conve
             shape.num_queries, shape.num_keys, shape.key_dim, shape.value_dim
         )
         after = core.multiplications(*sizes, biased=shape.has_bias)
-        after += ValueConv.multiplications(site.spec.value_conv, keys, shape.value_dim)
+        after += ValueConv.multiplications(site.adapter.conv_kernel(site.spec.value_conv), keys, shape.value_dim)
         tokens = f"{shape.num_queries} queries, {keys} keys"
         kept = ""
         if site.spec.core != "softmax" and keys < conversion.recipe.min_tokens:

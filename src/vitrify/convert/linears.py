@@ -23,15 +23,18 @@ _LINEAR = (nn.Linear, ShiftLinear, IntLinear, MixtureLinear)
 _CONV = (nn.Conv2d, ShiftConv2d)
 
 # MLPs that treat each token alone, by exact class: one router can send a token through the whole of them.
-_TOKENWISE_MLPS = frozenset(
-    {
-        *("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"),
-        *("transformers.models.vit.modeling_vit.ViTMLP", "transformers.models.deit.modeling_deit.DeiTMLP"),
-        *("transformers.models.dinov2.modeling_dinov2.Dinov2MLP",),
-        *("transformers.models.dinov2.modeling_dinov2.Dinov2SwiGLUFFN",),
-        *("transformers.models.siglip.modeling_siglip.SiglipMLP",),
-    }
-)
+_TOKENWISE_MLPS = {
+    *("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU"),
+    *("transformers.models.vit.modeling_vit.ViTMLP", "transformers.models.deit.modeling_deit.DeiTMLP"),
+    *("transformers.models.dinov2.modeling_dinov2.Dinov2MLP",),
+    *("transformers.models.dinov2.modeling_dinov2.Dinov2SwiGLUFFN",),
+    *("transformers.models.siglip.modeling_siglip.SiglipMLP",),
+}
+
+
+def register_mlp(cls: type[nn.Module]) -> None:
+    """Say that modules of this exact class are MLPs that treat each token alone."""
+    _TOKENWISE_MLPS.add(qualified_name(cls))
 
 
 @dataclass(frozen=True)

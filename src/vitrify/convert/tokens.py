@@ -68,11 +68,11 @@ class Trial:
 
 
 def trial_run(
-    model: nn.Module, adapters: Mapping[str, type[Adapter]], layers: Sequence[str], input_size: InputSize
+    model: nn.Module, adapters: Mapping[str, type[Adapter]], layers: Sequence[str], input_size: InputSize | None
 ) -> Trial:
     """Return what one forward pass of two images does to the named modules; nothing real is run or changed.
 
-    Raises whatever the model raises at that size.
+    Without an input size the model is called with its own `example_batch()`. Raises whatever the model raises.
     """
     return on_shapes(model, lambda mode: _trial_run(model, adapters, layers, input_size, mode))
 
@@ -81,7 +81,7 @@ def _trial_run(
     model: nn.Module,
     adapters: Mapping[str, type[Adapter]],
     layers: Sequence[str],
-    input_size: InputSize,
+    input_size: InputSize | None,
     mode: FakeTensorMode | None,
 ) -> Trial:
     shapes: dict[str, Shape] = {}
@@ -98,7 +98,10 @@ def _trial_run(
         copy.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
     weight = like(model)
     with mode or nullcontext(), torch.no_grad():
-        copy(torch.empty(2, *input_size, dtype=weight.dtype, device=weight.device))
+        if input_size is None:
+            copy(copy.example_batch())  # type: ignore[operator]  # nn.Module's types foresee no such method
+        else:
+            copy(torch.empty(2, *input_size, dtype=weight.dtype, device=weight.device))
     return Trial(shapes, called)
 
 

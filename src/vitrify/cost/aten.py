@@ -180,6 +180,16 @@ def _pow(g: Builder, call: Call) -> Operand | None:
     return chain(g, kinds, call.inputs, call.shape, call.bits) if kinds else None
 
 
+def _grid_sample(g: Builder, call: Call) -> Operand:
+    """Bilinear: where each point lies and what its four neighbours weigh, then their weighted sum in every channel."""
+    image, grid = call.inputs[:2]
+    points = grid.shape[:-1]
+    # Per coordinate a scale, an offset, a floor, a fraction and its complement; four products and bounds per point.
+    places = chain(g, "mul add compare add add", [grid], grid.shape, call.bits)
+    weights = g.vector("compare", [g.vector("mul", [places], points, 4 * numel(points))], points, 4 * numel(points))
+    return chain(g, "mul " * 4 + "add " * 3, [image, weights], call.shape, call.bits)
+
+
 def _pool(kinds: str, after: str) -> Rule:
     def rule(g: Builder, call: Call) -> Operand:
         kernel = call.args[1]
@@ -207,6 +217,7 @@ RULES: dict[str, Rule] = {
     "cudnn_batch_norm": _batch_norm,
     "dot": _matvec,
     "gelu": _gelu,
+    "grid_sampler_2d": _grid_sample,
     "max_pool2d_with_indices": _pool("compare", ""),
     "mm": _matmul,
     "mv": _matvec,

@@ -18,6 +18,7 @@ ELEMENTWISE: dict[str, str] = {
     "clamp": "compare compare",
     "clamp_max": "compare",
     "clamp_min": "compare",
+    "cos": "exp",  # as sin: a polynomial after a reduction of the range, as exp is
     "div": "div",
     "elu": "exp add compare",
     "eq": "compare",
@@ -50,6 +51,7 @@ ELEMENTWISE: dict[str, str] = {
     "rsub": "add",
     "sigmoid": "exp add div",
     "sign": "compare",
+    "sin": "exp",
     "silu": "exp add div",
     "sqrt": "sqrt",
     "square": "mul",

@@ -184,7 +184,7 @@ class Hamming(Core):
         return f"order={self.order!r}, form={self.form!r}, bias={self.bias!r}"
 
 
-def calibrate_codes_(model: nn.Module, images: Tensor, *, again: bool = True) -> dict[str, float]:
+def calibrate_codes_(model: nn.Module, images: Tensor | tuple[Tensor, ...], *, again: bool = True) -> dict[str, float]:
     """Run the model on a few images and calibrate every Hamming core in it, each after those that come before it.
 
     images: one batch as the model takes it; a few dozen do. Returns {module name: fit}, the mean over heads of what

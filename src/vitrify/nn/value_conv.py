@@ -5,6 +5,8 @@ After FLatten (ICCV 2023), where it is worth 2.3 points to DeiT-Tiny with linear
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,25 +48,26 @@ class ValueConv(nn.Module):
     """Depth-wise 2-D convolution of the values over the token grid: adds to an attention's output, starts at zero.
 
     channels     heads * value width; each is convolved alone
-    kernel_size  odd; the grid is padded with zeros
+    kernel_size  odd, or (height, width), both odd; the grid is padded with zeros
     """
 
     def __init__(
         self,
         channels: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if min(height, width) < 1 or height * width % 2 == 0:
             raise InputError(f"kernel_size must be odd and positive, not {kernel_size}")
         self.conv = nn.Conv2d(
             channels,
             channels,
-            kernel_size,
-            padding=kernel_size // 2,
+            (height, width),
+            padding=(height // 2, width // 2),
             groups=channels,
             bias=False,
             device=device,
@@ -73,9 +76,12 @@ class ValueConv(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     @staticmethod
-    def multiplications(kernel_size: int, num_tokens: int, value_dim: int) -> int:
-        """Return the multiplications of one head, k^2 n d_v; prefix tokens are counted too, though not convolved."""
-        return kernel_size**2 * num_tokens * value_dim
+    def multiplications(kernel_size: tuple[int, ...], num_tokens: int, value_dim: int) -> int:
+        """Return the multiplications of one head, height * width * n d_v; prefix tokens are counted too.
+
+        kernel_size: (height, width).
+        """
+        return math.prod(kernel_size) * num_tokens * value_dim
 
     def forward(
         self,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vitrify.data.deterministic import SizedDataset
 from vitrify.errors import InputError
@@ -257,7 +258,5 @@ def images_of(batch: Any) -> Tensor:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch (a tensor, or a tuple or list of tensors)."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return type(batch)(to_device(item, device) for item in batch)
+    """Move every tensor of a batch: a tensor, or any nesting of tuples (named ones, too), lists and dicts of them."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)

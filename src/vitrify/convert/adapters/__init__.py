@@ -1,6 +1,7 @@
 """The registry of adapters, by exact class, and what is known about attention classes that have none.
 
-Adapter modules import the library they adapt, so they are loaded only when a model holds one of its classes.
+Adapter modules import the library they adapt, so they are loaded only when a model holds one of its classes. Parts of
+vitrify that bring models of their own `register` adapters for them.
 """
 
 from __future__ import annotations
@@ -46,8 +47,21 @@ _REASONS = {
     "timm.layers.attention_pool.AttentionPoolLatent": "pools with learned queries: too few of them to gain anything",
 }
 
+_REGISTERED: dict[type[nn.Module], type[Adapter]] = {}
+_WITHOUT_PRODUCTS: dict[type[nn.Module], str] = {}
+
 _NAME = re.compile(r"Attention|Attn|XCA$")
 _PROJECTIONS = ("qkv", "q", "kv", "qk", "q_proj", "k_proj", "qkv_proj", "in_proj", "to_qkv", "query", "key")
+
+
+def register(adapter: type[Adapter]) -> None:
+    """Make `convert_` use `adapter` for modules of its source class."""
+    _REGISTERED[adapter.source] = adapter
+
+
+def register_without_products(cls: type[nn.Module], reason: str) -> None:
+    """Say that attention of this exact class has no products to replace: it is kept, its linear layers are not."""
+    _WITHOUT_PRODUCTS[cls] = reason
 
 
 def qualified_name(cls: type) -> str:
@@ -60,6 +74,8 @@ def adapter_for(module: nn.Module) -> type[Adapter] | None:
     cls = type(module)
     if issubclass(cls, Adapter):
         return cls
+    if cls in _REGISTERED:
+        return _REGISTERED[cls]
     if qualified_name(cls) not in _ADAPTERS:
         return None
     module_name, class_name = _ADAPTERS[qualified_name(cls)]
@@ -74,6 +90,11 @@ def looks_like_attention(module: nn.Module) -> bool:
         return True
     has_heads = hasattr(module, "num_heads") or hasattr(module, "num_attention_heads")
     return has_heads and any(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
+
+
+def without_products(module: nn.Module) -> str | None:
+    """Return why there is nothing to replace in an attention module, or None."""
+    return _WITHOUT_PRODUCTS.get(type(module))
 
 
 def no_adapter_reason(module: nn.Module) -> str:

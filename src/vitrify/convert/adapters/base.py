@@ -6,7 +6,8 @@ setting the class back undoes it. The adapter's forward has the source's signatu
 merges as the source does.
 
 To support another class: subclass `Adapter` and the class, write `forward` with `self.attend(...)` in place of the
-attention itself, `softmax_core`, `example_inputs` and `value_channels`, and name both in `adapters/__init__.py`.
+attention itself, `softmax_core`, `example_inputs` and `value_channels`, and name both in `adapters/__init__.py`, or
+`register` the adapter there.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class Adapter(CoreAttention):
     def value_channels(cls, module: Any) -> int:
         """Return heads * value width: the channels of a value_conv."""
         raise NotImplementedError
+
+    @classmethod
+    def conv_kernel(cls, value_conv: int) -> tuple[int, int]:
+        """Return (height, width) of the kernel of a value_conv of that size."""
+        return value_conv, value_conv
 
     @classmethod
     def query_heads(cls, module: Any) -> tuple[int, int]:
@@ -125,9 +131,11 @@ def adopt(module: Any, adapter: type[Adapter], core: Core, value_conv: int = 0, 
     module.core = core.train(module.training)
     if not value_conv:
         module.value_conv = None
-    elif not isinstance(previous, ValueConv) or previous.conv.kernel_size != (value_conv, value_conv):
+        return
+    kernel = adapter.conv_kernel(value_conv)
+    if not isinstance(previous, ValueConv) or previous.conv.kernel_size != kernel:
         weight = like(module)
-        conv = ValueConv(adapter.value_channels(module), value_conv, device=weight.device, dtype=weight.dtype)
+        conv = ValueConv(adapter.value_channels(module), kernel, device=weight.device, dtype=weight.dtype)
         module.value_conv = conv.train(module.training)
 
 
