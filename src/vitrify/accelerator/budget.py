@@ -16,7 +16,8 @@ def matched(hardware: Hardware, to: Hardware, by: Budget) -> Hardware:
     """Return `hardware` with its arrays scaled to what `to` has, at the clock, node, widths and memories of `to`.
 
     "area": engines and SRAM together occupy at most as much; "macs": all arrays that are not predictors together have
-    at most as many PEs. Arrays keep their shares of the PEs; `sides` says which shapes they take. Lanes stay.
+    at most as many PEs. Arrays keep their shares of the PEs; `sides` says which shapes they take. Lanes stay,
+    and so do arrays of one column, which serve another.
     Raises InputError if not even arrays of one PE fit.
     """
     if by not in get_args(Budget):
@@ -52,7 +53,7 @@ def matched(hardware: Hardware, to: Hardware, by: Budget) -> Hardware:
 def _scaled(hardware: Hardware, factor: float) -> Hardware:
     engines: dict[str, Engine] = {}
     for name, engine in hardware.engines.items():
-        if isinstance(engine, Systolic):
+        if isinstance(engine, Systolic) and min(engine.rows, engine.columns) > 1:
             rows, columns = sides(engine.pes * factor)
             port = max(1, round(engine.port_bits * (rows * columns / engine.pes) ** 0.5))
             engines[name] = replace(engine, rows=rows, columns=columns, port_bits=port)

@@ -43,8 +43,13 @@ def _units(
     units = groups * chunks
     for step in range(units + max(stage.lag for stage in stages)):
         for stage, state in zip(stages, states, strict=True):
-            if 0 <= step - stage.lag < units:
-                yield state, *divmod(step - stage.lag, chunks), False
+            if not 0 <= step - stage.lag < units or state.placement.in_place:
+                continue
+            group, chunk = divmod(step - stage.lag, chunks)
+            yield state, group, chunk, False
+            if chunk == chunks - 1:  # what stays in the PEs is used there before the next head's takes its place
+                for reader in filter(state.keeps_for, states):
+                    yield from ((reader, group, each, False) for each in range(chunks))
 
 
 class _State:
@@ -122,6 +127,11 @@ class _State:
             found += jobs
         return found, chained
 
+    def keeps_for(self, reader: _State) -> bool:
+        """Say whether another stage reads this one's result in the PEs."""
+        placement = reader.placement
+        return placement.in_place and base(placement.operation.inputs[1].tensor) == self.operation.outputs[0].tensor
+
     def passes_on_to(self, reader: _State) -> bool:
         """Say whether another stage takes this one's rows as they come: vector work of the same kernel, as far on."""
         ours, theirs = self.stage, reader.stage
@@ -156,13 +166,15 @@ class _State:
         if whole and key in self.fetched and bits <= 2 * self.low.tile_bits:
             return self.fetched[key]
         job = self.low.load(self.stage.index, bits * (share[1] - share[0]), after, self.recent[:1])
+        rows = operand.shape[-2] if len(operand.shape) > 1 else 1
+        job.tensor = base(operand.tensor)
+        job.tile = Tile(group, (math.floor(share[0] * rows + 1e-9), math.floor(share[1] * rows + 1e-9)), (0, 0))
         self.fetched[key] = job
         return job
 
     def _vector(self, group: int, part: int, parts: int, after: Sequence[Job], chained: Sequence[Job]) -> Job:
         count = self.operation.elements / self.groups / parts * self._kept(group)
-        size = -(-self.rows // parts)
-        rows = (min(part * size, self.rows), min((part + 1) * size, self.rows))
+        rows = (self.rows * part // parts, self.rows * (part + 1) // parts)
         return self.low.lanes(self.stage.index, count, after, Tile(group, rows, (0, 0)), chained)
 
     def _product(self, group: int, part: int, parts: int, after: Sequence[Job]) -> Job:
@@ -173,8 +185,8 @@ class _State:
         size = span[1] - span[0]
         shape = (operation.m, size, operation.n) if self.stage.mode == "sum" else (size, operation.k, operation.n)
         flows = (placement.dataflow,) if placement.dataflow else array.dataflows
-        cost = best(shape, array.rows, array.columns, flows, low.mapping.limit)
         overlapped = low.plan.drain == "overlapped"
+        cost = best(shape, array.rows, array.columns, flows, low.mapping.limit, not overlapped)
         work, latency = (cost.occupied, cost.latency) if overlapped else (cost.every_fold, 0)
         kept = self._kept(group)
         if placement.cycles:

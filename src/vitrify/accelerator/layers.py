@@ -207,8 +207,8 @@ class _Layer:
         columns = op.n if op.count > 1 else strip[1] - strip[0]
         shape = (row[1] - row[0], part[1] - part[0], columns)
         flows = (self.placement.dataflow,) if self.placement.dataflow else array.dataflows
-        cost = best(shape, array.rows, array.columns, flows, low.mapping.limit)
         overlapped = low.plan.drain == "overlapped"
+        cost = best(shape, array.rows, array.columns, flows, low.mapping.limit, not overlapped)
         work = times * (cost.occupied if overlapped else cost.every_fold)
         cells = shape[0] * columns * times
         sums = cost.partial * times // 2

@@ -197,7 +197,9 @@ class Lowering:
         self.actions[index]["sram", "write"] += bits
         if self.stays(tensor):
             return (job,)
-        return (self.add(self._transfer(index, bits, [job], "write", job.tile)),)
+        store = self._transfer(index, bits, [job], "write", job.tile)
+        store.tensor = tensor
+        return (self.add(store),)
 
     def _transfer(self, index: int, bits: float, after: Sequence[Job], way: str, tile: Tile | None) -> Job:
         actions = self.actions[index]

@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     """The part of an operation that a job does: ranges [from, to) in one group (a head of an image).
 
     Of a matmul: rows and columns of the output, and `inner`, of the sum. Of vector work: rows and columns of what it
-    reads. A job that moves data for a tile carries that tile.
+    reads. Of a job that moves data: rows of the tensor that it names.
     """
 
     group: int
@@ -39,6 +39,7 @@ class Job:
     after         jobs whose results it needs
     frees         jobs that must have ended, for it takes over their buffer
     streams       (job, cycles): vector work whose results it takes as they come, so many cycles behind
+    tensor        the activation that a job on the DRAM moves
     start, end    set by `run`, in cycles
     waits         what it waited for last, if its resource was idle: "operand", "dram" or nothing
     """
@@ -52,6 +53,7 @@ class Job:
     tile: Tile | None = None
     frees: Sequence[Job] = ()
     streams: Sequence[tuple[Job, int]] = ()
+    tensor: str = ""
     start: int = 0
     end: int = 0
     waits: str = ""

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -83,12 +85,38 @@ def simulate(
     for index, placement in enumerate(placements):
         if placement.engine and placement.engine not in machine.engines:
             raise unknown(f"engine of hardware {machine.name!r} (operation {index})", placement.engine, machine.engines)
-    prices = Prices(machine)
+    best, refused = _best(workload, plan, mappings, objective, notes)
+    if best is None:
+        raise InputError(
+            f"hardware {machine.name!r}: its sram_kib of {machine.sram_kib:g} is too small for any tile: "
+            + (refused or f"five of {TILES[0]} KiB must fit")
+        )
+    return best
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among the jobs: there is none, and it takes over half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
+def _best(
+    workload: Workload, plan: Plan, mappings: Sequence[Mapping] | None, objective: Objective, notes: Sequence[str]
+) -> tuple[Result | None, str]:
+    """Return the result of the best mapping, or why the last one was refused."""
+    prices = Prices(plan.hardware)
     best: tuple[float, Result] | None = None
     refused = ""
-    for mapping in candidates(machine) if mappings is None else mappings:
+    for mapping in candidates(plan.hardware) if mappings is None else mappings:
         try:
-            if mapping.room(machine) < 0:
+            if mapping.room(plan.hardware) < 0:
                 continue
             if best is not None and objective == "latency" and least_cycles(plan, mapping) >= best[0]:
                 continue
@@ -103,12 +131,7 @@ def simulate(
         score = {"latency": float(cycles), "energy": result.total_pj, "edp": cycles * result.total_pj}[objective]
         if best is None or score < best[0]:
             best = score, result
-    if best is None:
-        raise InputError(
-            f"hardware {machine.name!r}: its sram_kib of {machine.sram_kib:g} is too small for any tile: "
-            + (refused or f"five of {TILES[0]} KiB must fit")
-        )
-    return best[1]
+    return best[1] if best else None, refused
 
 
 def candidates(hardware: Hardware) -> Iterator[Mapping]:

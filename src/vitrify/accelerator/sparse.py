@@ -41,8 +41,9 @@ def sanger(workload: Workload, hardware: Hardware, masks: Masks | None) -> list[
             if "predictor" not in hardware.arrays:
                 raise InputError(f"hardware {hardware.name!r} has no array 'predictor', which {operation.module} needs")
             placements += [Placement(scores, "predictor"), place(threshold, hardware)]
-            placement = replace(placement, operation=replace(operation, inputs=(*operation.inputs, kept)))
-        placements.append(placement)
+            placements.append(replace(placement, operation=replace(operation, inputs=(*operation.inputs, kept))))
+        else:
+            placements.append(placement)
     return placements
 
 

@@ -65,21 +65,24 @@ def product(shape: tuple[int, int, int], rows: int, columns: int, dataflow: Data
 
 @cache
 def best(
-    shape: tuple[int, int, int], rows: int, columns: int, dataflows: Sequence[Dataflow], limit: int | None
+    shape: tuple[int, int, int],
+    rows: int,
+    columns: int,
+    dataflows: Sequence[Dataflow],
+    limit: int | None,
+    drains: bool = False,
 ) -> Product:
     """Return the mapping with the fewest cycles, of the dataflows and of the array's corners down to 8 x 8.
 
     limit: use no more rows and columns than this. Small products may leave a small corner sooner than the whole array.
+    drains: compare cycles of arrays that drain between folds, and use them whole, as SCALE-Sim does.
     """
-    corners = {(_limited(rows, size), _limited(columns, size)) for size in (8, 16, 32, 64, 128, 256, limit or rows)}
-    corners.add((_limited(rows, limit), _limited(columns, limit)))
-    allowed = [(r, c) for r, c in sorted(corners, reverse=True) if limit is None or max(r, c) <= limit]
+    if drains:
+        return min((product(shape, rows, columns, flow) for flow in dataflows), key=lambda option: option.every_fold)
+    corners = {(min(rows, size), min(columns, size)) for size in (8, 16, 32, 64, 128, 256, limit or max(rows, columns))}
+    allowed = [corner for corner in sorted(corners, reverse=True) if limit is None or max(corner) <= limit]
     options = [product(shape, r, c, dataflow) for dataflow in dataflows for r, c in allowed]
     return min(options, key=lambda option: option.occupied + option.latency)
-
-
-def _limited(size: int, limit: int | None) -> int:
-    return size if limit is None else min(size, limit)
 
 
 def _ceil(a: int, b: int) -> int:
