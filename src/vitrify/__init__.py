@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitrify import nn, ops, recipes
+    from vitrify.accelerator.simulate import simulate
     from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
     from vitrify.cost.energy import energy
@@ -49,6 +50,7 @@ _PUBLIC = {
     "pack_": "vitrify.convert",
     "recipes": "vitrify.recipes",
     "save": "vitrify.artefact",
+    "simulate": "vitrify.accelerator.simulate",
     "workload": "vitrify.cost.workload",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "pack_",
     "recipes",
     "save",
+    "simulate",
     "workload",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -43,7 +44,7 @@ def vector(number, shape, source, kind="add"):
 def chain(rows, widths):
     """Linear layers of these widths one after the other, with vector work between them."""
     operations, source = [], "x"
-    for number, (inner, columns) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for number, (inner, columns) in enumerate(pairwise(widths)):
         operations.append(linear(2 * number, rows, inner, columns, source))
         operations.append(vector(2 * number + 1, (rows, columns), f"op{2 * number}.out"))
         source = f"op{2 * number + 1}.out"

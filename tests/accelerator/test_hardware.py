@@ -73,7 +73,7 @@ def test_changed_figures_stand_as_assumed():
     assert changed.standing_of("engines.general.rows") == "assumed"
     with pytest.raises(InputError, match=r"engines\.general\.rows must be at least 1"):
         changed.with_({"engines.general.rows": 0})
-    with pytest.raises(InputError, match="did you mean 'engines.general.rows'"):
+    with pytest.raises(InputError, match=r"did you mean 'engines\.general\.rows'"):
         changed.with_({"engines.generl.rows": 8})
 
 

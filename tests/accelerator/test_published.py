@@ -5,6 +5,7 @@ import pytest
 from timm.models.vision_transformer import VisionTransformer
 
 import vitrify
+from vitrify.accelerator.packing import load_balance
 from vitrify.accelerator.published import (
     VitcodCycles,
     sanger_layer,
@@ -64,7 +65,7 @@ def test_sangers_load_balance_counts_idle_pes_within_sub_rows_only():
     mask = np.zeros((1, 64), bool)
     mask[0, :17] = True
     assert sanger_load_balance(mask) == 17 / 32
-    assert vitrify.accelerator.packing.load_balance(mask, 64, 16) == 17 / (64 * 16)
+    assert load_balance(mask, 64, 16) == 17 / (64 * 16)
     mask[:] = True
     assert sanger_load_balance(mask) == 1
 

@@ -1,0 +1,1 @@
+"""The papers' accelerators and others, simulated tile by tile. See README.md."""
