@@ -42,7 +42,7 @@ def capture_masks(
                 by the predictor
     images      (N, channels, height, width), preprocessed as the model wants them
     threshold   keep entries of at least this predicted probability, or
-    density     keep this share of all entries, by one threshold for the whole model; 4 bytes of memory per entry
+    density     keep this share of all entries, by one threshold for the whole model; 8 bytes of memory per entry
     Raises InputError unless exactly one of the two is given and in range, UnsupportedError for a model with attention
     that `convert_` refuses, or with a mask on its attention.
     """
