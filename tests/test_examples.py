@@ -1,5 +1,6 @@
 """The files of examples/ are what their first lines say they are."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def test_the_plan_for_pvt_removes_the_reduction_first():
     assert cores[1] == cores[2]
     assert cores[2][:3] == [Hamming] * 3
     assert cores[2][3] is not Hamming
+
+
+def test_a_new_accelerator_takes_a_description_and_a_schedule(capsys):
+    path = EXAMPLES / "new_accelerator.py"
+    assert len(path.read_text().splitlines()) < 100
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "two arrays, one of them for K^T V" in printed
+    assert "context " in printed
