@@ -1,16 +1,17 @@
-"""A simulated program run on numbers, job by job, in the order and at the cycles that `simulate` gave its jobs.
+"""A simulated program run on numbers, job by job, at the cycles that `simulate` gave its jobs.
 
 It says whether a schedule is a correct program and not only a count. Results appear when their job's latency is over,
-loads fill two buffers in turn, and stored results leave the SRAM; whatever is not there is poisoned. A job that reads
-such rows (its dependency is missing) or whose operand is overwritten while it runs raises ScheduleError. Where that
-does not happen, the result equals `ops.taylor.quantised` bit for bit.
+loads fill two buffers in turn, and what is stored leaves the SRAM; whatever is not there is poison. A job that reads
+such rows (its dependency is missing), or loses an operand while it runs, raises ScheduleError. Where none does, the
+result equals `ops.taylor.quantised` bit for bit.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor
 from vitrify.accelerator.placement import array_of, base
 from vitrify.accelerator.program import DRAM, Job, Tile
 from vitrify.accelerator.result import Result
-from vitrify.accelerator.stages import sums_over_tokens
-from vitrify.accelerator.steps import Step, steps_of
+from vitrify.accelerator.steps import steps_of
 from vitrify.accelerator.systolic import Product, best
 from vitrify.cost.graph import Operation
 from vitrify.errors import InputError, VitrifyError
@@ -29,6 +29,7 @@ from vitrify.ops.taylor.quantised import Affine, Algorithm1
 
 POISON = -(2**62)
 """What a buffer holds before anything is written to it, and after it was given away: no data path reaches it."""
+INPUTS = ("input", "input1", "input2")
 _READY, _END, _START, _STREAMED = range(4)  # at the same cycle, in this order
 
 
@@ -46,22 +47,23 @@ def execute(result: Result, attention: Algorithm1 | Affine, query: Tensor, key: 
     Raises ScheduleError where a job reads what is not there, and InputError for another workload or shape, and for a
     sum that does not fit its accumulator.
     """
-    inputs = dict(zip(("input", "input1", "input2"), (query, key, value), strict=True))
-    machine = _Machine(result, attention, inputs)
+    machine = _Machine(result, attention, dict(zip(INPUTS, (query, key, value), strict=True)))
     machine.run()
     output = result.placements[-1].operation.outputs[0]
     return machine.stored(output.tensor).reshape(output.shape)
 
 
 class _Machine:
-    """Memories and engines.
+    """Memories and engines; tensors are (groups, rows, columns).
 
-    dram       tensors as (groups, rows, columns): the inputs, and what was stored
+    dram       the inputs, and what was stored
     sram       results, from when they are ready until they are stored
     buffers    by (operation, tensor): what was loaded for an operation, two portions at a time
+    sums       by (operation, group): what an engine has accumulated
+    held, made   by job: the operands that it has read so far, and what it will write
     """
 
-    def __init__(self, result: Result, attention: Algorithm1 | Affine, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, result: Result, attention: Algorithm1 | Affine, inputs: Mapping[str, Tensor]) -> None:
         self.result = result
         self.operations = [placement.operation for placement in result.placements]
         self.steps = steps_of(self.operations, attention)
@@ -72,168 +74,135 @@ class _Machine:
         self.buffers: dict[tuple[int, str], Tensor] = {}
         self.portions: defaultdict[tuple[int, str], list[Tile]] = defaultdict(list)
         self.sums: dict[tuple[int, int], Tensor] = {}
-        self.queue: list[tuple[int, int, int, Job]] = []
-        self.held: dict[int, list[Tensor | None]] = {}
+        self.held: dict[int, dict[int, Tensor]] = defaultdict(dict)
         self.made: dict[int, Tensor] = {}
         self.now = 0
-        self._allocate(inputs)
-
-    def _allocate(self, inputs: dict[str, Tensor]) -> None:
         for operation in self.operations:
             for operand in (*operation.inputs, *operation.outputs):
-                name = base(operand.tensor)
-                *outer, rows, columns = operand.shape
-                self.sram[name] = torch.full((int(torch.Size(outer).numel()), rows, columns), POISON)
-                self.dram[name] = self.sram[name].clone()
+                name, (*outer, rows, columns) = base(operand.tensor), operand.shape
+                empty = torch.full((math.prod(outer), rows, columns), POISON)
+                self.sram[name], self.dram[name] = empty, empty.clone()
                 if operand.producer is None and name in inputs:
                     if inputs[name].shape != operand.shape:
                         raise InputError(f"{name} has shape {tuple(inputs[name].shape)}, the workload {operand.shape}")
-                    self.dram[name] = inputs[name].long().reshape(self.dram[name].shape).clone()
+                    self.dram[name] = inputs[name].long().reshape(empty.shape).clone()
 
     def stored(self, tensor: str) -> Tensor:
         """Return a tensor that left the chip; ScheduleError if part of it did not."""
-        return self._checked(self.dram[tensor], f"the end of the program, {tensor}")
+        return self._there(self.dram[tensor], f"{tensor} in DRAM")
 
     def run(self) -> None:
         """Do all jobs."""
-        order = count()
+        order, queue = count(), []
         for job in self.result.jobs:
-            for kind, cycle in _events(job):
-                heapq.heappush(self.queue, (cycle, kind, next(order), job))
-        for job in self.result.jobs:
-            if job.resource == DRAM and self._is_load(job):
+            queue += [(cycle, kind, next(order), job) for kind, cycle in _events(job)]
+            if job.resource == DRAM and self._loads(job):
                 self.buffers.setdefault((job.operation, job.tensor), torch.full_like(self.dram[job.tensor], POISON))
-        while self.queue:
-            self.now, kind, _, job = heapq.heappop(self.queue)
+        heapq.heapify(queue)
+        while queue:
+            self.now, kind, _, job = heapq.heappop(queue)
+            if job.tile is None:
+                raise InputError(f"{job.resource}: a job of {self.operations[job.operation].id} has no tile")
             if job.resource == DRAM:
-                self._move(kind, job)
+                self._move(kind, job, job.tile)
             elif kind == _READY:
-                self._write(job)
-            elif kind == _END:
-                self._read(job, streamed=True)  # nothing may have been given away meanwhile
-                self._read(job, streamed=False)
+                self._write(job, job.tile)
+            elif kind == _END:  # nothing that it reads may have been given away meanwhile
+                self._read(job, job.tile, streamed=True)
+                self._read(job, job.tile, streamed=False)
             else:
-                self._work(kind, job)
+                self._work(job, job.tile, streamed=kind == _STREAMED)
 
-    def _is_load(self, job: Job) -> bool:
-        return all(output.tensor != job.tensor for output in self.operations[job.operation].outputs)
+    def _loads(self, job: Job) -> bool:
+        return job.tensor != self.operations[job.operation].outputs[0].tensor
 
-    def _move(self, kind: int, job: Job) -> None:
-        """Load or store: data leave where they are when the job starts, and are there when it is ready."""
-        tile = job.tile
-        if tile is None or not job.tensor:
-            raise InputError(f"a job on the DRAM for {self.operations[job.operation].id} does not say what it moves")
-        load = self._is_load(job)
-        key = job.operation, job.tensor
-        source = self.dram[job.tensor] if load else self.sram[job.tensor]
-        rows = slice(*tile.rows) if load else self._output_rows(job)
+    def _move(self, kind: int, job: Job, tile: Tile) -> None:
+        """Load or store: data leave where they are when the job starts, and are elsewhere when it is ready."""
+        key, loads = (job.operation, job.tensor), self._loads(job)
+        source = self.dram[job.tensor] if loads else self.sram[job.tensor]
+        rows = slice(*tile.rows) if loads else self._output_rows(job, tile)
         if kind == _START:
-            self.made[id(job)] = self._checked(source[tile.group, rows], self._what(job, job.tensor)).clone()
-            if load:
+            self.made[id(job)] = self._there(source[tile.group, rows], self._what(job, job.tensor)).clone()
+            if loads:
                 self.portions[key].append(tile)
-                if len(self.portions[key]) > 2:  # its buffer is taken over from now on
+                if len(self.portions[key]) > 2:  # whose buffer is taken over from now on
                     old = self.portions[key].pop(0)
                     self.buffers[key][old.group, slice(*old.rows)] = POISON
         elif kind == _READY:
-            target = self.buffers[key] if load else self.dram[job.tensor]
+            target = self.buffers[key] if loads else self.dram[job.tensor]
             target[tile.group, rows] = self.made.pop(id(job))
-            if not load:
+            if not loads:
                 source[tile.group, rows] = POISON
 
-    def _output_rows(self, job: Job) -> slice:
-        """Return the rows of its result that a job computes: all of it where rows are summed, or there is but one."""
-        assert job.tile is not None
-        operation = self.operations[job.operation]
-        rows = operation.outputs[0].shape[-2]
-        whole = self.steps[job.operation].summed or rows == 1
-        return slice(0, rows) if whole else slice(*job.tile.rows)
+    def _work(self, job: Job, tile: Tile, *, streamed: bool) -> None:
+        """Read operands, at the start, or what comes row by row when the last row is there; with all of them, compute.
 
-    def _work(self, kind: int, job: Job) -> None:
-        """Read operands: at the start, but those that come row by row when the last row is there. Then compute."""
-        held = self.held.setdefault(id(job), [None] * len(self.operations[job.operation].inputs))
-        for position, operand in self._read(job, streamed=kind == _STREAMED):
-            held[position] = operand
-        if all(operand is not None for operand in held):
-            operands = [operand for operand in self.held.pop(id(job)) if operand is not None]
-            self.made[id(job)] = self._compute(job, operands)
+        What comes row by row is checked once: rows are read in the order in which they are made.
+        """
+        held = self.held[id(job)]
+        held |= self._read(job, tile, streamed=streamed)
+        inputs = len(self.operations[job.operation].inputs)
+        if len(held) == inputs:
+            self.made[id(job)] = self._compute(job, tile, [held[position] for position in range(inputs)])
+            del self.held[id(job)]
 
-    def _read(self, job: Job, *, streamed: bool) -> list[tuple[int, Tensor]]:
-        """Return the job's operands by position: those it is chained to, or all others."""
-        tile = job.tile
-        assert tile is not None
-        operation = self.operations[job.operation]
-        chained = {output.tensor for other, _ in job.streams for output in self.operations[other.operation].outputs}
-        found = []
-        for position, operand in enumerate(operation.inputs):
+    def _read(self, job: Job, tile: Tile, *, streamed: bool) -> dict[int, Tensor]:
+        """Return the job's operands by position: those that come row by row, or all others."""
+        chained = {self.operations[other.operation].outputs[0].tensor for other, _ in job.streams}
+        found = {}
+        for position, operand in enumerate(self.operations[job.operation].inputs):
             name = base(operand.tensor)
-            if (name in chained) != streamed:
-                continue
-            memory = self.buffers.get((job.operation, name), self.sram[name])
-            rows = self._operand_rows(operation, position, tile, memory.shape[1])
-            found.append((position, self._checked(memory[tile.group, rows], self._what(job, name))))
+            if (name in chained) == streamed:
+                memory = self.buffers.get((job.operation, name), self.sram[name])
+                rows = self._operand_rows(job, tile, position, memory.shape[1])
+                found[position] = self._there(memory[tile.group, rows], self._what(job, name))
         return found
 
-    def _operand_rows(self, operation: Operation, position: int, tile: Tile, rows: int) -> slice:
+    def _operand_rows(self, job: Job, tile: Tile, position: int, rows: int) -> slice:
+        if self.operations[job.operation].kind != "matmul":
+            return slice(0, rows) if rows == 1 else slice(*tile.rows)  # means and sums meet every row
+        if self.steps[job.operation].summed:
+            return slice(*tile.inner)
+        return slice(*tile.rows) if position == 0 else slice(0, rows)
+
+    def _output_rows(self, job: Job, tile: Tile) -> slice:
+        rows = self.operations[job.operation].outputs[0].shape[-2]
+        return slice(0, rows) if self.steps[job.operation].summed or rows == 1 else slice(*tile.rows)
+
+    def _compute(self, job: Job, tile: Tile, operands: Sequence[Tensor]) -> Tensor:
+        operation, step = self.operations[job.operation], self.steps[job.operation]
         if operation.kind == "matmul":
-            if tile.inner != (0, operation.k):
-                return slice(*tile.inner)
-            return (
-                slice(*tile.rows)
-                if position == 0 and rows == operation.m and not self._summed(operation)
-                else slice(0, rows)
-            )
-        return slice(0, rows) if rows == 1 else slice(*tile.rows)
-
-    def _summed(self, operation: Operation) -> bool:
-        return self.steps[self.operations.index(operation)].summed
-
-    def _compute(self, job: Job, operands: Sequence[Tensor]) -> Tensor:
-        tile, operation, step = job.tile, self.operations[job.operation], self.steps[job.operation]
-        assert tile is not None
-        if operation.kind != "matmul":
-            if not step.summed:
-                return step.compute(*operands)
-            return self._accumulate(job, operands[0].sum(-2, keepdim=True), first=tile.rows[0] == 0)
-        left, right = operands[0], step.operand(operands[1])
+            part = self._product(job, operands[0].mT if step.summed else operands[0], step.operand(operands[1]))
+        elif step.summed:
+            part = operands[0].sum(-2, keepdim=True)
+        else:
+            return step.compute(*operands)
         if step.summed:
-            left = left.mT
+            # An engine accumulates in the order of its queue, and what the last part completes is written out.
+            key, name = (job.operation, tile.group), operation.outputs[0].tensor
+            first = (tile.inner if operation.kind == "matmul" else tile.rows)[0] == 0
+            if first and name in self.in_place:
+                self.sram[name].fill_(POISON)  # the PEs hold one group's
+            part = self.sums[key] = part if first else self.sums[key] + part
+        return step.compute(check_fits(part, self.partial, operation.id))
+
+    def _product(self, job: Job, left: Tensor, right: Tensor) -> Tensor:
         placement = self.result.placements[job.operation]
         array = array_of(placement, self.result.hardware)
-        shape = (left.shape[0], left.shape[1], right.shape[1])
         flows = (placement.dataflow,) if placement.dataflow else array.dataflows
-        product = folded(left, right, best(shape, array.rows, array.columns, flows, self.result.mapping.limit))
-        if step.summed:
-            return self._accumulate(job, product, first=tile.inner[0] == 0)
-        return step.compute(check_fits(product, self.partial, operation.id))
+        shape = left.shape[0], left.shape[1], right.shape[1]
+        return folded(left, right, best(shape, array.rows, array.columns, flows, self.result.mapping.limit))
 
-    def _accumulate(self, job: Job, part: Tensor, *, first: bool) -> Tensor:
-        """Add to an accumulator of the engine, which works in the order of its queue; the last part writes it out."""
-        assert job.tile is not None
-        key = job.operation, job.tile.group
-        if first and self.operations[job.operation].outputs[0].tensor in self.in_place:
-            self.sram[self.operations[job.operation].outputs[0].tensor].fill_(POISON)  # the PEs hold one group's
-        self.sums[key] = part if first else self.sums[key] + part
-        total = check_fits(self.sums[key], self.partial, self.operations[job.operation].id)
-        return self.steps[job.operation].compute(total)
-
-    def _write(self, job: Job) -> None:
-        tile, operation = job.tile, self.operations[job.operation]
-        assert tile is not None
+    def _write(self, job: Job, tile: Tile) -> None:
+        operation = self.operations[job.operation]
         if id(job) not in self.made:
-            raise ScheduleError(f"{self._what(job, 'its operands')} come after its end")
+            raise ScheduleError(f"{self._what(job, 'an operand')} comes after its end")
         made = self.made.pop(id(job))
-        if self._is_last_part(operation, tile):
-            self.sram[operation.outputs[0].tensor][tile.group, self._output_rows(job)] = made
+        whole = (tile.inner[1], operation.k) if operation.kind == "matmul" else (tile.rows[1], _tokens(operation))
+        if not self.steps[job.operation].summed or whole[0] == whole[1]:
+            self.sram[operation.outputs[0].tensor][tile.group, self._output_rows(job, tile)] = made
 
-    def _is_last_part(self, operation: Operation, tile: Tile) -> bool:
-        """Say whether a sum is complete with this tile."""
-        if not self._summed(operation):
-            return True
-        if operation.kind == "matmul":
-            return tile.inner[1] == operation.k
-        return tile.rows[1] == operation.inputs[0].shape[-2]
-
-    def _checked(self, data: Tensor, what: str) -> Tensor:
+    def _there(self, data: Tensor, what: str) -> Tensor:
         if bool((data == POISON).any()):
             raise ScheduleError(f"{what} is not there at cycle {self.now}: a dependency is missing")
         return data
@@ -242,10 +211,14 @@ class _Machine:
         return f"{job.resource}, {self.operations[job.operation].id}, {job.tile}: {tensor}"
 
 
+def _tokens(operation: Operation) -> int:
+    return operation.inputs[0].shape[-2]
+
+
 def _events(job: Job) -> Iterator[tuple[int, int]]:
     yield _START, job.start
     if job.streams:
-        yield _STREAMED, max(other.end + other.latency for other, _ in job.streams)
+        yield _STREAMED, max(other.ready for other, _ in job.streams)
     if job.resource != DRAM:
         yield _END, job.end
     yield _READY, job.ready

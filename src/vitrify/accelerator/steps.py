@@ -1,4 +1,4 @@
-"""What each operation of Taylor attention computes in integers: the graph's operations, and the steps they stand for."""
+"""What each operation of Taylor attention computes in integers: the workload's operations, and the steps they are."""
 
 from __future__ import annotations
 
@@ -33,65 +33,66 @@ class Step:
     operand: Callable[[Tensor], Tensor] = _same
 
 
+_Key = tuple[str, str, str]
+"""The step; what is done, with the number of operands; and what the first operand is: "key", "product", or any."""
+
+
 def steps_of(operations: Sequence[Operation], attention: Algorithm1 | Affine) -> list[Step]:
-    """Return the step of each operation. Raises InputError unless they are one core, in the form of `attention`."""
-    of = _of_affine if isinstance(attention, Affine) else _of_algorithm1
-    return [of(operation, attention) for operation in operations]  # type: ignore[arg-type]
+    """Return the step of each operation of one attention core, which was called with (query, key, value).
 
-
-def _of_algorithm1(operation: Operation, attention: Algorithm1) -> Step:
-    partial = attention.widths.partial
-    match operation.step, operation.kind, operation.vector:
-        case "1" | "3", "vector", "add" if _sums(operation):
-            return Step(_same, summed=True)
-        case "1", "vector", "div":
-            return Step(attention.mean)
-        case "1", "vector", "add":
-            return Step(attention.centre_key)
-        case "2", "matmul", _:
-            return Step(attention.context, summed=True)
-        case "4", "matmul", _:
-            return Step(_same, operand=lambda key_sum: attention.key_operand(key_sum).mT)
-        case "4", "vector", "add":
-            return Step(attention.denominator)
-        case "5", "vector", "mul":
-            return Step(attention.start)
-        case "5", "matmul", _:
-            return Step(_same)
-        case "5", "vector", "add":
-            return Step(lambda product, start: check_fits(start + product, partial, "T_N"))
-        case "6", "vector", "div":
-            return Step(attention.score)
-    raise _other(operation, "algorithm1")
-
-
-def _of_affine(operation: Operation, attention: Affine) -> Step:
-    partial = attention.widths.partial
-    match operation.step, operation.kind, operation.vector:
-        case "M", "vector", "add" if _sums(operation):
-            return Step(_same, summed=True)
-        case "M", "vector", "mul" | "div" if operation.outputs[0].shape[-2] == 1:
-            return Step(attention.mean)
-        case "M", "vector", "add":
-            of_keys = base(operation.inputs[0].tensor) == "input1"
-            return Step(attention.centre_key if of_keys else attention.centre_value)
-        case "M", "matmul", _:
-            return Step(_same, summed=True)
-        case "M", "vector", "mul":
-            return Step(attention.context)
-        case "apply", "matmul", _:
-            return Step(_same)
-        case "apply", "vector", "add":
-            return Step(
-                lambda product, mean: attention.score(check_fits(attention.start(mean) + product, partial, "Z"))
+    Raises InputError for an operation that is none, or of the other form than `attention`.
+    """
+    table = _algorithm1(attention) if isinstance(attention, Algorithm1) else _affine(attention)
+    products = {operation.outputs[0].tensor for operation in operations if operation.kind == "matmul"}
+    found = []
+    for operation in operations:
+        source = base(operation.inputs[0].tensor)
+        does = operation.vector or operation.kind
+        what = f"{does} {len(operation.inputs)}"
+        of = "key" if source == "input1" else "product" if source in products else ""
+        step = table.get((operation.step, what, of), table.get((operation.step, what, "")))
+        if step is None:
+            raise InputError(
+                f"{operation.id} ({does}, step {operation.step!r}) is no part of Taylor attention as "
+                f"{type(attention).__name__} computes it"
             )
-    raise _other(operation, "affine")
+        found.append(step)
+    return found
 
 
-def _sums(operation: Operation) -> bool:
-    return len(operation.inputs) == 1 and operation.outputs[0].shape[-2] == 1
+def _algorithm1(attention: Algorithm1) -> dict[_Key, Step]:
+    total = Step(_same, summed=True)
+
+    def numerator(product: Tensor, start: Tensor) -> Tensor:
+        return check_fits(start + product, attention.widths.partial, "T_N")
+
+    return {
+        ("1", "add 1", ""): total,
+        ("1", "div 1", ""): Step(attention.mean),
+        ("1", "add 2", ""): Step(attention.centre_key),
+        ("2", "matmul 2", ""): Step(attention.context, summed=True),
+        ("3", "add 1", ""): total,
+        ("4", "matmul 2", ""): Step(_same, operand=lambda key_sum: attention.key_operand(key_sum).mT),
+        ("4", "add 1", ""): Step(attention.denominator),
+        ("5", "mul 1", ""): Step(attention.start),
+        ("5", "matmul 2", ""): Step(_same),
+        ("5", "add 2", ""): Step(numerator),
+        ("6", "div 2", ""): Step(attention.score),
+    }
 
 
-def _other(operation: Operation, form: str) -> InputError:
-    what = operation.vector or operation.kind
-    return InputError(f"{operation.id} ({what}, step {operation.step!r}) is no part of Taylor attention in form {form}")
+def _affine(attention: Affine) -> dict[_Key, Step]:
+    def score(product: Tensor, mean: Tensor) -> Tensor:
+        return attention.score(check_fits(attention.start(mean) + product, attention.widths.partial, "vbar + Q M"))
+
+    return {
+        ("M", "add 1", ""): Step(_same, summed=True),
+        ("M", "div 1", ""): Step(attention.mean),
+        ("M", "mul 1", ""): Step(attention.mean),  # a product with 1/n, on hardware without dividers
+        ("M", "add 2", "key"): Step(attention.centre_key),
+        ("M", "add 2", ""): Step(attention.centre_value),
+        ("M", "matmul 2", ""): Step(_same, summed=True),
+        ("M", "mul 1", "product"): Step(attention.context),
+        ("apply", "matmul 2", ""): Step(_same),
+        ("apply", "add 2", ""): Step(score),
+    }
