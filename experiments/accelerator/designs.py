@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import vitrify
 from vitrify import AttentionSpec, LinearSpec, Recipe
@@ -33,4 +33,19 @@ RANGES: dict[str, tuple[float, ...]] = {
     "engines.dividers.latency": (4, 16, 64),
 }
 
-DESIGNS: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {}
+HERE = Path(__file__).parent / "hardware"
+BALANCED, SHIFTERS = str(HERE / "balanced.yaml"), str(HERE / "shifters.yaml")
+
+DESIGNS: dict[str, tuple[str, str]] = {
+    "vitality": ("vitality", "vitality"),
+    "vitality-affine": ("affine", "vitality-affine"),
+    "shiftadd, equal area, ShiftAddViT": ("shiftaddvit", "shiftadd"),
+    "shiftadd, equal area, vitrify": ("vitrify", "shiftadd"),
+    "shiftadd, equal area, Taylor and shifts": ("taylor_shift", "shiftadd"),
+    "balanced, Taylor": ("affine", BALANCED),
+    "balanced, Taylor and 4-bit codes": ("taylor_shift", BALANCED),
+    "balanced, ShiftAddViT": ("shiftaddvit", BALANCED),
+    "shifters, Taylor and 4-bit codes": ("taylor_shift", SHIFTERS),
+    "balanced, softmax": ("softmax", BALANCED),
+}
+"""Of each the recipe and the hardware; shiftadd is scaled to the area of vitality, and the others have no more."""

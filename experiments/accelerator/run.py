@@ -1,7 +1,7 @@
 """Does ViTALiTy's accelerator reach three times Sanger's speed and efficiency, and what does joining the papers bring?
 
     python experiments/accelerator/run.py            # every section, about 20 minutes on one core
-    python experiments/accelerator/run.py claim      # one of: claim, real-masks, ranges, ablations, joined, scale, targets
+    python experiments/accelerator/run.py claim      # one of SECTIONS: claim, real-masks, ranges, ablations, ...
 
 Sections write results/SECTION.json line by line: what is in it is not run again. tables.py makes README's tables of it.
 """
@@ -139,12 +139,14 @@ def real_masks() -> Iterator[tuple[Row, Callable[[], Row]]]:
     import torch  # noqa: PLC0415
 
     from vitrify.accelerator.capture import capture_masks  # noqa: PLC0415
-    from vitrify.data import open_dataset  # noqa: PLC0415
+    from vitrify.data import build_transform, load_dataset  # noqa: PLC0415
 
     softmax = vitrify.create_model("vit_mini_patch2_28", pretrained=True)
     taylor = vitrify.create_model("vit_mini_patch2_28", pretrained=True)
     vitrify.convert_(taylor, vitrify.recipes.vitality())
-    dataset = open_dataset("fashion-mnist", "test", softmax)
+    config = timm.data.resolve_model_data_config(softmax)
+    transform = build_transform(config["input_size"], config["mean"], config["std"], train=False)
+    dataset = load_dataset("fashion-mnist", "test", transform=transform)
     images = torch.stack([dataset[index][0] for index in range(16)])
     graph = vitrify.workload(softmax, (1, 28, 28))
     for density in DENSITIES:
@@ -209,15 +211,17 @@ def _steps(graph: Workload) -> Row:
 
 
 def joined() -> Iterator[tuple[Row, Callable[[], Row]]]:
-    """Give recipes of both papers on designs of vitality's area."""
+    """Give recipes of both papers on designs of at most vitality's area."""
     for name in (TINY, "deit_base_patch16_224"):
-        for title, (recipe, changes) in DESIGNS.items():
-            base, figures_of = changes
+        for title, (recipe, hardware) in DESIGNS.items():
 
-            def row(n: str = name, r: str = recipe, b: str = base, f: dict[str, Any] = figures_of) -> Row:
-                return measure(workload(n, r), load(b).with_(f, title))
+            def row(n: str = name, r: str = recipe, h: str = hardware) -> Row:
+                machine = load(h)
+                if h == "shiftadd":
+                    machine = matched(machine, load("vitality"), "area")
+                return measure(workload(n, r), machine)
 
-            yield {"model": name, "design": title, "recipe": recipe}, row
+            yield {"model": name, "design": title}, row
 
 
 def scale() -> Iterator[tuple[Row, Callable[[], Row]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -46,8 +46,3 @@ class _Steps:
 
     def highest(self, first: int, last: int) -> float:
         return max(self._bits[first : last + 1])
-
-
-def peak(lifetimes: Sequence[Lifetime]) -> float:
-    """Return the buffer in bits in which everything stays."""
-    return max(demands(lifetimes).values(), default=0.0)

@@ -81,10 +81,6 @@ class Result:
                 found[name] = queue.busy / max(self.cycles, 1)
         return found
 
-    def cycles_of(self, *steps: str) -> int:
-        """Return the array cycles of the operations of these steps: ("qk", "softmax", "av"), ("2", "5"), ..."""
-        return sum(o.busy for o in self.operations if o.step in steps)
-
     @property
     def attention_cycles(self) -> int:
         """The time during which attention's own steps run: their spans, from first start to last end, merged."""
