@@ -106,10 +106,12 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def budgets(name: str) -> Iterator[tuple[str, Hardware]]:
-    """Give a preset as it is, and with vitality's area and PEs."""
+    """Give a preset as it is, with its PEs at vitality's clock, and with vitality's area and PEs."""
     own, reference = load(name), load("vitality")
     yield "own", own
     if name != "vitality":
+        if own.clock_mhz != reference.clock_mhz:
+            yield "clock", own.with_({"clock_mhz": reference.clock_mhz})
         yield "area", matched(own, reference, "area")
         yield "macs", matched(own, reference, "macs")
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from vitrify.accelerator.program import Job
 
+PORTIONS = 8
+"""Into how many portions a tensor is cut at most, for those that read it."""
+
 
 @dataclass
 class Grid:

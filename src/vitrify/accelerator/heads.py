@@ -89,17 +89,16 @@ class _State:
         else:
             job = self._vector(group, part, parts, after, chained)
         self.recent = [*self.recent[-1:], job]
-        last = stage.mode != "sum" or chunk == stage.chunks - 1
-        if last:
-            bits = sum(elements(o) * width(o, self.low.hardware) for o in self.operation.outputs[:1]) / self.groups
-            share = 1.0 if stage.mode != "rows" else 1 / parts
-            name = self.operation.outputs[0].tensor
-            stays_in_pes = self._read_in_place(name)
-            done = (
-                (job,) if stays_in_pes else self.low.publish(stage.index, name, bits * share * self._kept(group), job)
-            )
-            self.grid.jobs[group].append(done)
+        if stage.mode != "sum" or chunk == stage.chunks - 1:
+            self.grid.jobs[group].append(self._publish(group, 1 / parts if stage.mode == "rows" else 1.0, job))
         return job
+
+    def _publish(self, group: int, share: float, job: Job) -> tuple[Job, ...]:
+        output = self.operation.outputs[0]
+        if self._read_in_place(output.tensor):
+            return (job,)
+        bits = elements(output) * width(output, self.low.hardware) / self.groups * share * self._kept(group)
+        return self.low.publish(self.stage.index, output.tensor, bits, job)
 
     def _kept(self, group: int) -> float:
         return self.placement.kept[group % len(self.placement.kept)] if self.placement.kept else 1.0

@@ -20,7 +20,8 @@ from typing import Literal, cast, get_args
 
 from vitrify.accelerator.hardware import Hardware, load
 from vitrify.accelerator.heads import lower_heads
-from vitrify.accelerator.layers import TileTooSmallError, least_cycles, lower_kernel, lower_layer
+from vitrify.accelerator.kernels import lower_kernel
+from vitrify.accelerator.layers import TileTooSmallError, least_cycles, lower_layer
 from vitrify.accelerator.lower import Action, Lowering, Plan
 from vitrify.accelerator.masks import Masks, synthetic_for
 from vitrify.accelerator.placement import Drain, Mapping, Order
