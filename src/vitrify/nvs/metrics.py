@@ -30,13 +30,20 @@ def ssim(picture: Tensor, truth: Tensor) -> float:
     scikit-image (extra `nvs`).
     """
     _check(picture, truth)
-    with optional("skimage", "nvs", "SSIM"):
-        from skimage.metrics import structural_similarity  # noqa: PLC0415
+    check_ssim()
+    from skimage.metrics import structural_similarity  # noqa: PLC0415
+
     arrays = (image.double().numpy() for image in (picture, truth))
     value = structural_similarity(
         *arrays, channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return float(value)
+
+
+def check_ssim() -> None:
+    """Raise InputError where `ssim` cannot be measured: before the work rather than after it."""
+    with optional("skimage", "nvs", "SSIM"):
+        import skimage.metrics  # noqa: F401, PLC0415
 
 
 def why_no_lpips() -> str | None:
