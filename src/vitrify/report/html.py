@@ -52,12 +52,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Widget:
+    """Markup that a page makes by itself, script included, for what neither picture nor table shows. Not escaped."""
+
+    markup: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading, a paragraph, and what it shows."""
 
     title: str
     text: str = ""
-    items: Sequence[Picture | Table] = ()
+    items: Sequence[Picture | Table | Widget] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,10 @@ def write(report: Report, path: Path) -> Path:
 def _section(section: Section, counter: Iterator[int]) -> str:
     body = f"<p>{_text(section.text)}</p>" if section.text else ""
     for item in section.items:
-        body += _table(item) if isinstance(item, Table) else _picture(item, next(counter))
+        if isinstance(item, Widget):
+            body += item.markup
+        else:
+            body += _table(item) if isinstance(item, Table) else _picture(item, next(counter))
     return f"<section><h2>{_text(section.title)}</h2>{body}</section>\n"
 
 
