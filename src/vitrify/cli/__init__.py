@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from vitrify import __version__
-from vitrify.cli import bench, convert, demo, explain, export, finetune, pack, probe, profile, recipes, simulate
+from vitrify.cli import bench, convert, demo, explain, export, finetune, nvs, pack, probe, profile, recipes, simulate
 from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
@@ -58,6 +58,7 @@ app.command("eval", epilog=eval_.EPILOG)(eval_.evaluate)
 app.command("pack", epilog=pack.EPILOG)(pack.pack)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.add_typer(bench.app)
+app.add_typer(nvs.app)
 app.command("explain", epilog=explain.EPILOG)(explain.explain)
 app.command("probe", epilog=probe.EPILOG)(probe.probe)
 app.command("profile", epilog=profile.EPILOG)(profile.profile)
