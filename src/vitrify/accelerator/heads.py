@@ -27,6 +27,8 @@ def lower_heads(low: Lowering, stages: Sequence[Stage]) -> None:
         if job is not None:
             before.append(job)
     low.barrier = []
+    for state in states:  # no circles, so that the jobs are gone when nothing refers to them
+        state.others.clear()
 
 
 def _units(
