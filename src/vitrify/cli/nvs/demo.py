@@ -50,7 +50,8 @@ def demo(
         raise InputError(f"{where} holds no trained GNT: give --models a folder of artefacts or of finished runs")
     console = Console()
     loaded = {name: shared.load_gnt(str(path)) for name, path in found.items()}
-    with shared.ray_bar(demonstration.picture_count(len(loaded), views)) as advance:
+    total = demonstration.picture_count(len(loaded), views)
+    with shared.interruptible(output), shared.ray_bar(total) as advance:
         results = demonstration.run(
             output, loaded, views=views, sources=sources, chunk=chunk, progress=advance, say=console.print
         )

@@ -58,7 +58,8 @@ def evaluate(
     if reason := metrics.why_no_lpips():
         typer.echo(f"without LPIPS: {reason}", err=True)
     records: list[Record] = []
-    with shared.ray_bar(sum(len(held_out_views(each)) for each in scenes)) as advance:
+    total = sum(len(held_out_views(each)) for each in scenes)
+    with shared.interruptible(output), shared.ray_bar(total) as advance:
         run = evaluation.renderer(gnt, chunk=chunk, progress=advance)
         for each in (each.in_memory() for each in scenes):
             for name, renderer in {**evaluation.BASELINES, "model": run}.items():

@@ -53,7 +53,7 @@ def render(
     left = [i for i in range(frames) if not files[i][0].is_file()]
     if left:
         place = place.in_memory()
-    with shared.ray_bar(len(left)) as advance:
+    with shared.interruptible(output), shared.ray_bar(len(left)) as advance:
         for i in left:
             camera = novel_view(place.views[0], poses[i])
             chosen = nearest_views(place, poses[i], sources)

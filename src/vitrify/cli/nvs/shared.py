@@ -71,6 +71,16 @@ def load_scenes(names: Sequence[str] | None, shrink: int, default: Any) -> list[
 
 
 @contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Turn Ctrl-C into exit code 130, and say that the work can be gone on with."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        typer.echo(f"\n{interruption or 'interrupted'}\nthe same command goes on from {output}", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def ray_bar(pictures: int) -> Iterator[Progress]:
     """Show a progress bar of all rays of so many pictures on stderr, if that is a terminal."""
     from rich.console import Console

@@ -113,11 +113,8 @@ def train(
     typer.echo(f"training on {data.source}", err=True)
     if chosen is not None:
         _convert(student, chosen, data)
-    try:
+    with shared.interruptible(output):
         result = run(student, task, config, output, teacher=teacher, resume="auto" if resume else "never")
-    except KeyboardInterrupt as interruption:
-        typer.echo(f"\n{interruption or 'interrupted'}\nthe same command resumes from {output}", err=True)
-        raise typer.Exit(130) from None
     _print_result(output, result)
 
 
