@@ -114,6 +114,8 @@ def test_no_pipeline_and_another_schedule_are_the_main_hardwares(small, tmp_path
     assert after[1]["cycles"] == before[1]["cycles"]
     other = simulated([small, "--hardware", "systolic", "--schedule", "vitality"], tmp_path)
     assert attentions(other) == {"systolic": "Taylor, Algorithm 1 (vitality)"}
+    sparse = simulated([small, "--hardware", "systolic", "--schedule", "vitcod"], tmp_path)
+    assert attentions(sparse) == {"systolic": "softmax, sparse (original)"}
 
 
 def test_masks_from_a_file(small, tmp_path, capsys):

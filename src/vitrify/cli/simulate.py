@@ -137,6 +137,7 @@ def _write(file: Path, text: str) -> None:
 
 def _machines(hardware: str, compare: str | None, equal: str | None, schedule: str | None) -> list[Hardware]:
     """Return the hardware asked for first, and then what to compare it with, at its budget if that was asked for."""
+    import vitrify.accelerator.sparse  # noqa: F401  (registers its schedules)
     from vitrify.accelerator.budget import matched
     from vitrify.accelerator.hardware import load
     from vitrify.accelerator.schedules import SCHEDULES
