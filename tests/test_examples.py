@@ -7,6 +7,8 @@ import pytest
 import timm
 
 from vitrify import Recipe, convert_
+from vitrify.accelerator.explore.space import read as read_space
+from vitrify.accelerator.hardware import load as load_hardware
 from vitrify.nn import Hamming, Softmax
 from vitrify.train import get_plan
 
@@ -14,9 +16,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_file_is_a_recipe_or_a_plan(path):
+def test_every_file_is_a_recipe_or_a_plan_or_a_space(path):
     if path.name.startswith("plan_"):
         assert get_plan(str(path)).stages
+    elif path.name.startswith("explore_"):
+        assert read_space(path, load_hardware(path.stem.removeprefix("explore_"))).size > 1
     else:
         assert Recipe.from_yaml(path)
 

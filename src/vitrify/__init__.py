@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitrify import nn, ops, recipes
+    from vitrify.accelerator.explore import explore
     from vitrify.accelerator.simulate import simulate
     from vitrify.artefact import create_model, export_onnx, load, save
     from vitrify.convert import AttentionSpec, Conversion, LinearSpec, Recipe, convert_, pack_
@@ -41,6 +42,7 @@ _PUBLIC = {
     "create_model": "vitrify.artefact",
     "energy": "vitrify.cost.energy",
     "explain": "vitrify.cost.explain",
+    "explore": "vitrify.accelerator.explore",
     "export_onnx": "vitrify.artefact",
     "export_tvm": "vitrify.tvm",
     "latency": "vitrify.cost.latency",
@@ -67,6 +69,7 @@ __all__ = [
     "create_model",
     "energy",
     "explain",
+    "explore",
     "export_onnx",
     "export_tvm",
     "latency",

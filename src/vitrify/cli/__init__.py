@@ -18,7 +18,21 @@ import typer
 from rich.console import Console
 
 from vitrify import __version__
-from vitrify.cli import bench, convert, demo, explain, export, finetune, nvs, pack, probe, profile, recipes, simulate
+from vitrify.cli import (
+    bench,
+    convert,
+    demo,
+    explain,
+    explore,
+    export,
+    finetune,
+    nvs,
+    pack,
+    probe,
+    profile,
+    recipes,
+    simulate,
+)
 from vitrify.cli import eval as eval_
 from vitrify.errors import InputError, VitrifyError
 
@@ -63,6 +77,7 @@ app.command("explain", epilog=explain.EPILOG)(explain.explain)
 app.command("probe", epilog=probe.EPILOG)(probe.probe)
 app.command("profile", epilog=profile.EPILOG)(profile.profile)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
+app.command("explore", epilog=explore.EPILOG)(explore.explore)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("recipes", epilog=recipes.EPILOG)(recipes.recipes)
 

@@ -11,7 +11,7 @@ from vitrify import __version__
 from vitrify.accelerator.explore import samplers
 from vitrify.accelerator.explore.folder import Folder, opened
 from vitrify.accelerator.explore.samplers import Sampler, SamplerName
-from vitrify.accelerator.explore.space import Design, Point, key, read
+from vitrify.accelerator.explore.space import Design, Point, Space, key, read
 from vitrify.accelerator.explore.trials import Exploration, Outcome, Trial, read_constraint, read_objectives
 from vitrify.accelerator.explore.workers import Changes, Run, Task, working
 from vitrify.accelerator.hardware import Hardware, describe, load
@@ -29,7 +29,7 @@ _TILES_BY: Mapping[str, Objective] = {"latency_ms": "latency", "energy_mj": "ene
 def explore(
     workload: Workload,
     hardware: str | Path | Hardware,
-    space: str | Path | Mapping[str, Any],
+    space: str | Path | Mapping[str, Any] | Space,
     output: str | Path,
     *,
     objective: str = "latency",
@@ -81,18 +81,18 @@ def explore(
     }
     # The cluster first: an address that is wrong leaves no folder behind.
     with working(task, workers, ray) as run, opened(output, identity) as folder:
-        search = _Search(folder, run, total + 1, progress)
-        batch: list[tuple[Design, Changes]] = [(chosen.design_of(start), {})]
+        search = _Search(folder, run, chosen, total, progress)
         asked = samplers.start(sampler, chosen, total, seed, objectives, limits)
-        points = next(asked, None)
+        # Beside the first designs, so that no worker waits for it alone.
+        begin: tuple[Design, Changes] = (chosen.design_of(start), {})
         found: list[Trial] = []
+        points = next(asked, None)
         while points is not None:
-            batch += [(chosen.design(point), chosen.changes(point)) for point in points]
-            done = search.simulate(batch)
-            found += done
-            points = _send(asked, done[-len(points) :])
-            batch = []
-        exploration = Exploration(start, chosen, objectives, limits, found[0], found[1:])
+            fresh = search.simulate(points, begin)
+            found += fresh
+            points = _send(asked, fresh)
+        started = search.trial(begin[0])
+        exploration = Exploration(start, chosen, objectives, limits, started, found)
         write_atomically(folder.path / "trials.csv", exploration.to_csv())
     return exploration
 
@@ -107,21 +107,29 @@ def _send(sampler: Sampler, trials: Sequence[Trial]) -> Sequence[Point] | None:
 class _Search:
     """Simulates designs unless the folder knows them, and puts them there."""
 
-    def __init__(self, folder: Folder, run: Run, total: int, progress: Progress) -> None:
-        self._folder, self._run, self._progress = folder, run, progress
+    def __init__(self, folder: Folder, run: Run, space: Space, total: int, progress: Progress) -> None:
+        self._folder, self._run, self._space, self._progress = folder, run, space, progress
         self._done, self._total = 0, total
 
-    def simulate(self, designs: Sequence[tuple[Design, Changes]]) -> list[Trial]:
-        """Return a trial for each design, a pair of its values by axis and by place."""
-        known = self._folder.known
-        for design, _ in designs:
-            if (outcome := known.get(key(design))) is not None:
+    def simulate(self, points: Sequence[Point], also: tuple[Design, Changes]) -> list[Trial]:
+        """Return the points' trials. also: another design, and its values by place, to be simulated with them."""
+        designs = {key(design): design for design in map(self._space.design, points)}
+        changes = dict(zip(designs, map(self._space.changes, points), strict=True))
+        for name in designs:
+            if (outcome := self._folder.known.get(name)) is not None:
                 self._tell(outcome)
-        missing = list({key(pair[0]): pair for pair in designs if key(pair[0]) not in known}.values())
-        for number, outcome in self._run([changes for _, changes in missing]):
-            self._folder.add(missing[number][0], outcome)
-            self._tell(outcome)
-        return [Trial(design=design, **vars(known[key(design)])) for design, _ in designs]
+        todo = {key(also[0]): also} | {name: (design, changes[name]) for name, design in designs.items()}
+        missing = [(name, *todo[name]) for name in todo if name not in self._folder.known]
+        for number, outcome in self._run([changed for _, _, changed in missing]):
+            name, design, _ = missing[number]
+            self._folder.add(design, outcome)
+            if name in designs:
+                self._tell(outcome)
+        return [self.trial(design) for design in designs.values()]
+
+    def trial(self, design: Design) -> Trial:
+        """Return the trial of a design that was simulated."""
+        return Trial(design=design, **vars(self._folder.known[key(design)]))
 
     def _tell(self, outcome: Outcome) -> None:
         self._done += 1

@@ -28,7 +28,7 @@ Point = tuple[int, ...]
 Design = Mapping[str, Value]
 """The value on each axis."""
 
-_MOST_VALUES = 10_000
+_MOST_VALUES = 1_000
 _RANGE = "low, high and step (low, low + step, ...) or factor (low, low * factor, ...)"
 
 
@@ -88,8 +88,8 @@ def key(design: Design) -> str:
     return json.dumps(design, sort_keys=True)
 
 
-def read(space: str | Path | Mapping[str, Any], hardware: Hardware) -> Space:
-    """Return the space that a YAML or JSON file, or its plain data, describes.
+def read(space: str | Path | Mapping[str, Any] | Space, hardware: Hardware) -> Space:
+    """Return the space that a YAML or JSON file, or its plain data, describes; one that was read before as it is.
 
     space    {place: values}, values being a list, or a range {low, high, step} or {low, high, factor}, both ends
              included; a place may be several with commas between, which take the same value
@@ -97,6 +97,8 @@ def read(space: str | Path | Mapping[str, Any], hardware: Hardware) -> Space:
     Raises InputError for a place that the hardware does not have, a value that does not fit there, an empty list or
     range, and a place or value that is there twice.
     """
+    if isinstance(space, Space):
+        return space
     where = "the space" if isinstance(space, Mapping) else f"space {str(space)!r}"
     data = space if isinstance(space, Mapping) else read_yaml(Path(space), "space")
     if not isinstance(data, Mapping) or not data or not all(isinstance(axis, str) for axis in data):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from vitrify.accelerator.explore.space import Design, Space, show
-from vitrify.accelerator.hardware import Hardware
+from vitrify.accelerator.hardware import Hardware, Standing
 from vitrify.accelerator.result import Result
 from vitrify.errors import InputError, unknown
 
@@ -84,9 +85,9 @@ def read_constraint(text: str) -> Constraint:
     """Return the constraint that "total_mm2<=3" says; InputError for anything else, by what is wrong with it."""
     match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
     try:
-        if match is None:
+        quantity, sign, limit = (match[1], match[2], float(match[3])) if match else ("", "", math.nan)
+        if not math.isfinite(limit):
             raise ValueError
-        quantity, sign, limit = match[1], match[2], float(match[3])
     except ValueError:
         raise InputError(
             f"a constraint is QUANTITY<=NUMBER or QUANTITY>=NUMBER, 'total_mm2<=3', not {text!r}"
@@ -169,9 +170,17 @@ class Exploration:
         return found
 
     def hardware_of(self, trial: Trial, name: str) -> Hardware:
-        """Return the hardware that a trial stands for."""
+        """Return the hardware that one of `trials` stands for, under a name."""
         point = tuple(values.index(trial.design[axis]) for axis, values in self.space.axes.items())
-        return self.hardware.with_(self.space.changes(point), name)
+        changes = self.space.changes(point)
+        # Words have no standing, figures have.
+        figures = [
+            place for place, value in changes.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        assumed: dict[str, Standing] = dict.fromkeys(figures, "assumed")
+        title = f"{self.hardware.title}, with {', '.join(f'{k} {show(v)}' for k, v in trial.design.items())}"
+        changed = self.hardware.with_(changes, name)
+        return replace(changed, title=title, standing={**self.hardware.standing, **assumed})
 
     def to_csv(self) -> str:
         """Return a line for each trial, the start being number 0: design, quantities, and what became of it."""

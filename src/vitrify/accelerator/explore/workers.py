@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vitrify import __version__
 from vitrify.accelerator.explore.trials import QUANTITIES, Outcome
 from vitrify.accelerator.hardware import Hardware
 from vitrify.accelerator.simulate import Objective, simulate
@@ -148,6 +149,11 @@ def _cluster(task: Task, workers: int | None, address: str) -> Iterator[Run]:
                     return
                 for done in ray.wait(list(pending))[0]:
                     yield pending.pop(done), ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            # What goes wrong in a simulation is an outcome: this one did not begin.
+            raise VitrifyError(
+                f"the cluster's nodes need vitrify {__version__}, as this one has: {error.cause}"
+            ) from error
         except ray.exceptions.RayError as error:
             raise VitrifyError(
                 f"the cluster lost a design: {error}. What is finished is kept: the same command goes on"
