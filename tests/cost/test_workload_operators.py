@@ -116,6 +116,18 @@ def test_pooling_and_batch_norm():
     }
 
 
+def test_bilinear_sampling():
+    graph = traced(lambda image, grid: F.grid_sample(image, grid.sin(), align_corners=True), (2, 3, 8, 9), (2, 5, 7, 2))
+    outputs, coordinates, points = 2 * 3 * 35, 2 * 35 * 2, 2 * 35
+    assert graph.unknown == {}
+    assert kinds_of(graph) == {
+        "exp": coordinates,
+        "mul": 4 * outputs + coordinates + 4 * points,  # the neighbours, their scale, their weights
+        "add": 3 * outputs + 3 * coordinates,
+        "compare": coordinates + 4 * points,  # floor; is each neighbour inside?
+    }
+
+
 def test_masks_and_causality():
     query = (1, 2, 5, 4)
     plain = traced(F.scaled_dot_product_attention, query, query, query)

@@ -1,6 +1,7 @@
 """The convolution on V: where each token lands on the grid, what prefix and padded tokens do, and the grid object."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -78,6 +79,22 @@ def test_a_grid_that_does_not_fit_is_named():
 def test_kernels_are_odd(kernel_size):
     with pytest.raises(InputError, match=f"odd and positive, not {kernel_size}"):
         ValueConv(12, kernel_size)
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 2), (3, 0)])
+def test_so_are_both_sides_of_a_kernel(kernel_size):
+    with pytest.raises(InputError, match=re.escape(f"odd and positive, not {kernel_size}")):
+        ValueConv(12, kernel_size)
+
+
+def test_a_kernel_of_one_row_sees_one_row():
+    conv = ValueConv(12, (1, 3))
+    torch.nn.init.ones_(conv.conv.weight)
+    value = torch.randn(2, 3, 10, 4)
+    rows = torch.nn.functional.pad(value.reshape(2, 3, 2, 5, 4), (0, 0, 1, 1))
+    expected = rows[:, :, :, :-2] + rows[:, :, :, 1:-1] + rows[:, :, :, 2:]
+    torch.testing.assert_close(conv(value, 2, 5), expected.reshape(2, 3, 10, 4))
+    assert ValueConv.multiplications((1, 3), 10, 4) == 3 * 10 * 4
 
 
 def test_token_grid():

@@ -193,8 +193,12 @@ def test_a_teacher_shows_its_colours(tmp_path):
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(InputError, match="no feature loss"):
         task(quick(objective="features"))
-    with pytest.raises(InputError, match="no view to render"):
-        RayDataset(scenes(), 16, 3, targets=[40])
+    with pytest.raises(InputError, match="'ball0' has views 0 to 5: 40 cannot be a target"):
+        RayDataset(scenes(), 16, 3, targets=[2, 40])
+    with pytest.raises(InputError, match="has 3 views: none is left"):
+        RayDataset(scenes(1, views=3), 16, 3, targets=[0, 1, 2])
+    with pytest.raises(InputError, match="nothing to render"):
+        RayDataset(scenes(), 16, 3, targets=[])
     mixed = make_scene(0, **SIZE, views=3)
     other = make_scene(0, height=24, width=40, views=1)
     views = (*mixed.views, *(type(v)("other", v.image, v.intrinsics, v.camera_to_world) for v in other.views))

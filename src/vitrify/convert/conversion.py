@@ -24,7 +24,8 @@ class Conversion:
 
     recipe      the recipe as given
     changed     modules that now compute what the recipe says
-    kept        modules left as they were although they could be converted: filtered out, or costlier otherwise
+    kept        modules left as they were although they could be converted: filtered out, costlier otherwise, or without
+                anything that the recipe replaces
     refused     modules that cannot be converted exactly, with the reason
     notes       what else a reader should know, such as costs that could not be checked
     input_size  (channels, height, width) at which costs were compared; None if they were not

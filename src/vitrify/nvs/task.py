@@ -28,8 +28,8 @@ class RayDataset(Dataset[Item]):
 
     scenes   what to render; images are read once and kept
     rays     of each item. In training random pixels, else evenly spread ones, the same each time
-    sources  source views of each item, never the target. In training drawn from two to three times as many near ones
-             (IBRNet), else the nearest
+    sources  source views of each item, never the target; all others in a scene that has fewer. In training drawn from
+             one to three times as many near ones (IBRNet), else the nearest
     targets  indices of the views to render in each scene, from the others alone. By default each view is rendered from
              all others
     repeats  how often each view comes up in an epoch
@@ -37,7 +37,8 @@ class RayDataset(Dataset[Item]):
     recolour in training, give each item channels in another order, inverted or not, each darker by up to 30 %, the same
              in all its views: what a model learns on a few scenes then fits other colours
 
-    Raises InputError where a scene has no view left for a target, or images of several sizes.
+    Raises InputError for images of several sizes in a scene, targets that a scene lacks, and a scene that has no view
+    left to render them from.
     """
 
     def __init__(
@@ -55,14 +56,15 @@ class RayDataset(Dataset[Item]):
         self.scenes = [scene.in_memory() for scene in scenes]
         self.rays, self.sources, self.repeats, self.train = rays, sources, repeats, train
         self._hidden = frozenset(targets or ())
-        self._targets: list[tuple[int, int]] = []
-        for number, scene in enumerate(self.scenes):
-            if len({(view.height, view.width) for view in scene.views}) > 1:
-                raise InputError(f"scene {scene.name!r} has images of several sizes: shrink or crop them to one")
-            wanted = range(len(scene.views)) if targets is None else targets
-            self._targets += [(number, index) for index in wanted if index < len(scene.views)]
+        for scene in self.scenes:
+            _check(scene, self._hidden)
+        self._targets = [
+            (number, index)
+            for number, scene in enumerate(self.scenes)
+            for index in (range(len(scene.views)) if targets is None else targets)
+        ]
         if not self._targets:
-            raise InputError("there is no view to render: the scenes have none of these indices")
+            raise InputError("there is nothing to render: give scenes, and targets that are not empty")
 
     @property
     def source(self) -> str:
@@ -94,6 +96,16 @@ class RayDataset(Dataset[Item]):
         factor = 1 + 2 * torch.rand(()).item()
         pool = nearest_views(scene, pose, max(self.sources, round(self.sources * factor)), exclude=hidden)
         return [pool[i] for i in torch.randperm(len(pool))[: self.sources].tolist()]
+
+
+def _check(scene: Scene, targets: Collection[int]) -> None:
+    count = len(scene.views)
+    if len({(view.height, view.width) for view in scene.views}) > 1:
+        raise InputError(f"scene {scene.name!r} has images of several sizes: shrink or crop them to one")
+    if wrong := [index for index in targets if not 0 <= index < count]:
+        raise InputError(f"scene {scene.name!r} has views 0 to {count - 1}: {wrong[0]} cannot be a target")
+    if count <= max(1, len(targets)):
+        raise InputError(f"scene {scene.name!r} has {count} views: none is left to render a target from")
 
 
 def ray_batch(scene: Scene, target: View, sources: Sequence[int], pixels: Tensor | None = None) -> RayBatch:
