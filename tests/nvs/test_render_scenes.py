@@ -61,4 +61,4 @@ def test_a_ball_is_seen_where_the_readers_say(tool, tmp_path, place):
         assert np.average(columns, weights=share) == pytest.approx((x / z).item(), abs=0.1)
         assert np.average(rows, weights=share) == pytest.approx((y / z).item(), abs=0.1)
         # The nearest point of the ball; the axis of the camera need not go through it.
-        assert tool.depth(scene, pose).min() == pytest.approx(z.item() - 0.1, abs=0.01)
+        assert tool.depth(scene, pose).min() == pytest.approx(z.item() - 0.1, abs=0.02)
