@@ -2,8 +2,8 @@
 
     python experiments/accelerator/precision.py --model runs/vitality/taylor-s0 --model runs/vitality/softmax-s0 ...
 
-Each model is a run folder, an artefact or a name as `vitrify eval` takes it. Writes results/precision.json beside it and
-prints the tables of ops/taylor/README.md: accuracy on Fashion-MNIST's test images, and attention's own error on a
+Each model is a run folder, an artefact or a name, as `vitrify eval` takes it. Writes results/precision.json beside it
+and prints the tables of ops/taylor/README.md: accuracy on Fashion-MNIST's test images, and attention's own error on a
 trained model's queries, keys and values.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ from vitrify.ops.taylor.widths import Ranges, Widths
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
 PLAIN = widths_of("vitality")
-WIDTHS = {
-    "8": PLAIN,
-    "8, G and M of 16": replace(PLAIN, context=16, partial=32),
-    "6": replace(PLAIN, activations=6, context=6),
-}
+WIDTHS = {"8": PLAIN, "8, G and M of 16": replace(PLAIN, context=16, partial=32)}
 CALIBRATION = 64
 
 
@@ -45,12 +41,10 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True)
     parser.add_argument("--images", type=int, default=2000)
     given = parser.parse_args()
-    results = {
-        "machine": describe("cpu"),
-        "images": given.images,
-        "models": {m: measure(m, given.images) for m in given.model},
-    }
-    write_atomically(RESULT, json.dumps(results, indent=2) + "\n")
+    results: dict[str, Any] = {"machine": asdict(describe("cpu")), "images": given.images, "models": {}}
+    for name in given.model:
+        results["models"][name] = measure(name, given.images)
+        write_atomically(RESULT, json.dumps(results, indent=2) + "\n")
     print(tables(results))
 
 
