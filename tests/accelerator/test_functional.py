@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_workloads import chain
 from torch import nn
@@ -81,6 +81,7 @@ def test_g_may_stay_in_the_array(pipeline):
     kib=st.sampled_from([20, 28, 200]),
     drain=st.sampled_from(["overlapped", "every_fold"]),
 )
+@example((1, 1, 1, 129, 1, 1), "affine", False, 3, 0.2, 20, "overlapped")  # more chunks than queries
 def test_any_shape_on_any_hardware(shape, form, pipeline, side, gb_per_s, kib, drain):
     work, attention, codes = prepared(form, shape)
     hardware = with_arrays(FORMS[form], rows=side, columns=side)

@@ -103,6 +103,8 @@ class _Machine:
             self.now, kind, _, job = heapq.heappop(queue)
             if job.tile is None:
                 raise InputError(f"{job.resource}: a job of {self.operations[job.operation].id} has no tile")
+            if self._empty(job, job.tile):
+                continue
             if job.resource == DRAM:
                 self._move(kind, job, job.tile)
             elif kind == _READY:
@@ -112,6 +114,11 @@ class _Machine:
                 self._read(job, job.tile, streamed=False)
             else:
                 self._work(job, job.tile, streamed=kind == _STREAMED)
+
+    def _empty(self, job: Job, tile: Tile) -> bool:
+        """Say whether a tile holds nothing: there may be more chunks than rows of one of the operands."""
+        product = self.operations[job.operation].kind == "matmul" and job.resource != DRAM
+        return tile.rows[0] == tile.rows[1] or (product and tile.inner[0] == tile.inner[1])
 
     def _loads(self, job: Job) -> bool:
         return job.tensor != self.operations[job.operation].outputs[0].tensor
