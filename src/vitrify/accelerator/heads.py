@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from vitrify.accelerator.grids import Grid
 from vitrify.accelerator.lower import Lowering
-from vitrify.accelerator.placement import Placement, array_of, base, elements, grouping, kernel, operand_bits, width
+from vitrify.accelerator.placement import (
+    Placement,
+    array_of,
+    base,
+    elements,
+    grouping,
+    kernel,
+    operand_bits,
+    partial_bits,
+    width,
+)
 from vitrify.accelerator.program import Job, Tile
 from vitrify.accelerator.stages import Stage, sums_over_tokens
 from vitrify.accelerator.systolic import best
@@ -114,7 +124,7 @@ class _State:
         found: list[Job] = []
         chained: list[Job] = []
         for position, operand in enumerate(self.activations):
-            grid = self.low.grid(self.stage.index, operand)
+            grid = self.low.grid(operand)
             source = self.others.get(base(operand.tensor))
             if source is not None and source.passes_on_to(self):
                 chained.append(source.recent[-1])
@@ -194,7 +204,7 @@ class _State:
             total = placement.cycles[group % len(placement.cycles)]
             work = total * (part + 1) // parts - total * part // parts
         left, right = operand_bits(operation, array, low.hardware)
-        partial = min(operation.bits[2], low.hardware.numbers.partial_bits)
+        partial = partial_bits(operation, array, low.hardware)
         sums = cost.partial * partial
         if self.stage.mode == "sum" and parts > 1 and cost.dataflow != "output" and not placement.in_place:
             sums += (2 if 0 < part < parts - 1 else 1) * operation.m * operation.n * partial

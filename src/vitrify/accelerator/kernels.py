@@ -37,13 +37,12 @@ def lower_kernel(low: Lowering, indices: Sequence[int]) -> None:
     made = {o.tensor: index for index, operation in zip(indices, operations, strict=True) for o in operation.outputs}
     recent: dict[int, list[Job]] = {index: [] for index in indices}
     for group in range(groups):
-        begin = 0.0
-        for end in edges:
-            jobs: dict[int, Job] = {}
-            for index in indices:
-                jobs[index] = _portion(low, index, grids, made, jobs, recent[index], group, begin, end, source)
-                recent[index] = [*recent[index][-1:], jobs[index]]
-            begin = end
+        spans = list(zip([0.0, *edges[:-1]], edges, strict=True))
+        jobs: list[dict[int, Job]] = [{} for _ in spans]
+        for portion, index in _wave(len(spans), indices):
+            job = _portion(low, index, grids, made, jobs[portion], recent[index], group, *spans[portion], source)
+            jobs[portion][index] = job
+            recent[index] = [*recent[index][-1:], job]
     for index, operation in zip(indices, operations, strict=True):
         grid = grids[index]
         if _mixes_tokens(operation):
@@ -53,6 +52,17 @@ def lower_kernel(low: Lowering, indices: Sequence[int]) -> None:
             grid = Grid(1, _all_rows(operation.outputs[0]), (1.0,), [[(*everything, *done)]])
         for each in operation.outputs:
             low.grids[each.tensor] = grid
+
+
+def _wave(portions: int, indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (portion, operation) in the queues' order: a portion begins when the one before is half through.
+
+    So a unit that a kernel needs twice does not wait for a portion's end before it begins with the next.
+    """
+    order = {
+        (portion, at): portion + 2 * at / len(indices) for portion in range(portions) for at in range(len(indices))
+    }
+    return [(portion, indices[at]) for portion, at in sorted(order, key=lambda cell: (order[cell], cell))]
 
 
 def _portion(
@@ -78,7 +88,7 @@ def _portion(
         if producer is not None and producer in jobs:
             chained.append(jobs[producer])
             continue
-        found = low.grid(index, operand)
+        found = low.grid(operand)
         if found is source:
             needed = list(found.jobs[group][len(grids[index].jobs[group])])
         else:
@@ -111,7 +121,7 @@ def _followed(low: Lowering, index: int) -> Grid | None:
     for operand in operation.inputs:
         whole = elements(operand) == elements(operation.outputs[0]) and "[" not in operand.tensor
         if operand.kind == "activation" and whole:
-            grid = low.grid(index, operand)
+            grid = low.grid(operand)
             if len(grid.edges) * grid.groups > 1:
                 return grid
     return None

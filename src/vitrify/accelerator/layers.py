@@ -9,9 +9,9 @@ from itertools import product
 from typing import NamedTuple
 
 from vitrify.accelerator.grids import PORTIONS, Grid, cuts
-from vitrify.accelerator.hardware import Hardware
+from vitrify.accelerator.hardware import Hardware, Systolic
 from vitrify.accelerator.lower import Lowering, Plan
-from vitrify.accelerator.placement import Mapping, array_of, base, elements, is_layer, operand_bits, width
+from vitrify.accelerator.placement import Mapping, array_of, base, elements, is_layer, operand_bits, partial_bits, width
 from vitrify.accelerator.program import DRAM, Job, Tile
 from vitrify.accelerator.systolic import best
 from vitrify.cost.graph import Operation
@@ -47,8 +47,8 @@ def least_cycles(plan: Plan, mapping: Mapping) -> float:
         if not is_layer(placement):
             continue
         array = array_of(placement, plan.hardware)
-        left, right = operand_bits(operation, array, plan.hardware)
-        tiles = _cut(operation, left, right, plan.hardware, mapping)
+        right = operand_bits(operation, array, plan.hardware)[1]
+        tiles = _cut(operation, array, plan.hardware, mapping, True)
         flows = (placement.dataflow,) if placement.dataflow else array.dataflows
         for (row, many), (part, often), (strip, times) in product(*map(_classes, tiles[:3])):
             columns, groups = (operation.n, strip) if operation.count > 1 else (strip, 1)
@@ -64,18 +64,27 @@ def _classes(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(Counter(high - low for low, high in ranges).items())
 
 
-def _cut(operation: Operation, left: int, right: int, hardware: Hardware, mapping: Mapping) -> _Tiles:
-    """Cut weights, the left operand and partial sums so that each fits into a tile of its own."""
+def _cut(operation: Operation, array: Systolic, hardware: Hardware, mapping: Mapping, stays: bool) -> _Tiles:
+    """Cut weights, the left operand and partial sums so that each fits into a tile of its own.
+
+    stays: the left operand is in the SRAM, so that partial sums have its buffers, too
+    """
     tile = mapping.tile_kib * 8192
-    partial = min(operation.bits[2], hardware.numbers.partial_bits)
+    left, right = operand_bits(operation, array, hardware)
+    partial = partial_bits(operation, array, hardware)
     m, k, n = operation.m, operation.k, operation.n
     columns, inner, groups = n, k, 1
+    # Strips are no narrower than the array, or than the part of it that is used.
+    side = max(64, min(array.columns, mapping.limit or array.columns))
     if operation.count > 1:
         groups = min(operation.count, int(tile / (k * n * right)))
     else:
-        columns = min(n, max(64, _rounded(tile / (k * right), 64)))
+        columns = min(n, max(side, _rounded(tile / (k * right), side)))
         inner = min(k, _rounded(tile / (columns * right), 64))
-    rows = min(tile / (columns * groups * partial), tile / (inner * groups * left)) if inner and groups else 0
+    rows = 0.0
+    if inner and groups:
+        sums, streamed = tile / (columns * groups * partial), tile / (inner * groups * left)
+        rows = 3 * sums if stays and mapping.order == "strips" else min(sums, streamed)
     if rows < 1:
         raise TileTooSmallError(
             f"{operation.id} ({operation.module}), {m} x {k} x {n}, does not fit into tiles of {mapping.tile_kib:g} KiB"
@@ -110,10 +119,10 @@ class _Layer:
         self.operation = self.placement.operation
         self.array = array_of(self.placement, low.hardware)
         self.left, self.right = operand_bits(self.operation, self.array, low.hardware)
-        self.partial = min(self.operation.bits[2], low.hardware.numbers.partial_bits)
-        self.tiles = _cut(self.operation, self.left, self.right, low.hardware, low.mapping)
+        self.partial = partial_bits(self.operation, self.array, low.hardware)
         self.stays = low.stays(base(self.operation.inputs[0].tensor))
-        self.source = low.grid(index, self.operation.inputs[0])
+        self.tiles = _cut(self.operation, self.array, low.hardware, low.mapping, self.stays)
+        self.source = low.grid(self.operation.inputs[0])
         self.loaded: dict[Tile, Job] = {}
         self.recent: list[Job] = []
         self.waited: set[tuple[int, int]] = set()

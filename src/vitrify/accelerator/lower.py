@@ -80,9 +80,16 @@ class Plan:
                     found.add(output.tensor)
         return frozenset(found)
 
+    def demands(self, tile_bits: float) -> dict[str, float]:
+        """Return the activation buffer in bits from which on each tensor stays in it.
+
+        In attention's products no weights are fetched, so both of their buffers hold activations.
+        """
+        spare = {stage.index: 2 * tile_bits for run in self.runs if run[0].outputs for stage in run[1:-1]}
+        return demands(self._lifetimes, spare)
+
     @cached_property
-    def demands(self) -> dict[str, float]:
-        """The activation buffer in bits from which on a tensor stays in it."""
+    def _lifetimes(self) -> list[Lifetime]:
         scaled = {**in_run_bits(self.runs), **self._passing()}
         written: dict[str, tuple[int, float]] = {}
         last: dict[str, int] = {}
@@ -94,12 +101,11 @@ class Plan:
             for operand in placement.operation.inputs:
                 for root in self.roots.get(base(operand.tensor), (base(operand.tensor),)):
                     last[root] = index
-        lives = [
+        return [
             Lifetime(tensor, bits, first, last[tensor])
             for tensor, (first, bits) in written.items()
             if tensor in last and tensor not in self.forwarded
         ]
-        return demands(lives)
 
     def _passing(self) -> dict[str, float]:
         """Return the share that exists at a time of tensors that one kernel takes over portion by portion.
@@ -134,6 +140,7 @@ class Lowering:
         self.plan, self.mapping, self.hardware = plan, mapping, plan.hardware
         self.tile_bits = mapping.tile_kib * 8192
         self.room = mapping.room(plan.hardware)
+        self._demands = plan.demands(self.tile_bits)
         self.jobs: list[Job] = []
         self.actions: list[defaultdict[Action, float]] = [defaultdict(float) for _ in plan.placements]
         self.grids: dict[str, Grid] = {}
@@ -213,27 +220,19 @@ class Lowering:
         if tensor in self.plan.forwarded:
             return True
         roots = self.plan.roots.get(tensor, (tensor,))
-        return all(self.plan.demands.get(root, math.inf) <= self.room for root in roots)
+        return all(self._demands.get(root, math.inf) <= self.room for root in roots)
 
-    def grid(self, index: int, operand: Operand) -> Grid:
-        """Return where an operand comes from; raises InputError if nothing has made it yet."""
-        tensor = base(operand.tensor)
-        if (found := self.grids.get(tensor)) is not None:
-            return found
+    def grid(self, operand: Operand) -> Grid:
+        """Return where an operand comes from."""
         if operand.producer is None:  # an input of the model
-            groups, rows = 1, operand.shape[-2] if len(operand.shape) > 1 else 1
-            return Grid(groups, rows, (1.0,), [[()]])
-        operation = self.plan.placements[index].operation
-        raise InputError(
-            f"the schedule runs {operation.id} ({operation.module}) before {operand.producer}, whose result "
-            f"{operand.tensor!r} it reads: a schedule must keep to the workload's dependencies"
-        )
+            return Grid(1, operand.shape[-2] if len(operand.shape) > 1 else 1, (1.0,), [[()]])
+        return self.grids[base(operand.tensor)]
 
     def alias(self, index: int) -> None:
         """Give the results of an operation without engine their inputs' grids."""
         operation = self.plan.placements[index].operation
         inputs = [operand for operand in operation.inputs if operand.kind == "activation"]
-        grids = [self.grid(index, operand) for operand in inputs]
+        grids = [self.grid(operand) for operand in inputs]
         for output in operation.outputs:
             if len(inputs) == 1 and inputs[0].shape == output.shape and "[" not in inputs[0].tensor:
                 self.grids[output.tensor] = grids[0]

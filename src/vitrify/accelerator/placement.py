@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vitrify.accelerator.hardware import Dataflow, Hardware, Systolic
+from vitrify.accelerator.hardware import Dataflow, Hardware, Numbers, Systolic
 from vitrify.cost.graph import Operand, Operation
 from vitrify.errors import InputError
 
@@ -81,6 +81,16 @@ def operand_bits(operation: Operation, array: Systolic, hardware: Hardware) -> t
         min(width(o, hardware), bits) for o, bits in zip(operation.inputs[:2], operation.bits[:2], strict=True)
     )
     return min(left, array.left_bits), min(right, array.right_bits)
+
+
+def partial_bits(operation: Operation, array: Systolic, hardware: Hardware) -> int:
+    """Return the width of a product's partial sums, in the array and outside."""
+    return min(operation.bits[2], sum_bits(*operand_bits(operation, array, hardware), hardware.numbers))
+
+
+def sum_bits(left: int, right: int, numbers: Numbers) -> int:
+    """Return the width of an accumulator: the products' and 8 bits more, which 256 sums fill, if there are so many."""
+    return min(left + right + 8, numbers.partial_bits)
 
 
 def is_layer(placement: Placement) -> bool:

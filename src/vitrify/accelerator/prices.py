@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from vitrify.accelerator.hardware import Hardware, Lanes, Systolic
+from vitrify.accelerator.placement import sum_bits
 from vitrify.accelerator.sram import sram
 from vitrify.cost.graph import Primitive
 from vitrify.cost.tables import load, scale
@@ -48,7 +49,7 @@ class Prices:
 
     def product(self, primitive: Primitive, left: int, right: int) -> float:
         """Return pJ of one product and its accumulation, without the registers."""
-        partial = self.hardware.numbers.partial_bits
+        partial = sum_bits(left, right, self.hardware.numbers)
         energy = self._operations.at_width("energy", "add", partial).value
         if primitive == "multiply":
             # A multiplier of a x b bits has a b cells, as has a square one of their geometric mean.
@@ -62,7 +63,7 @@ class Prices:
 
         The streaming operand and the partial sum are read and written, what stays is read.
         """
-        bits = 2 * left + right + 2 * self.hardware.numbers.partial_bits
+        bits = 2 * left + right + 2 * sum_bits(left, right, self.hardware.numbers)
         return bits * self.levels["register"]
 
     def scalar(self, kind: str) -> float:
@@ -89,7 +90,7 @@ class Prices:
         Registers hold the streaming operand, what stays twice (the next one is loaded meanwhile), the partial sum, and
         a second one if sums can stay in place.
         """
-        partial = self.hardware.numbers.partial_bits
+        partial = sum_bits(array.left_bits, array.right_bits, self.hardware.numbers)
         cells = self._operations.at_width("area", "add", partial).value
         if "multiply" in array.primitives:
             cells += self._operations.at_width("area", "multiply", (array.left_bits * array.right_bits) ** 0.5).value

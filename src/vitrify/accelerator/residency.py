@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -16,8 +16,10 @@ class Lifetime:
     last: int
 
 
-def demands(lifetimes: Iterable[Lifetime]) -> dict[str, float]:
+def demands(lifetimes: Iterable[Lifetime], spare: Mapping[int, float] | None = None) -> dict[str, float]:
     """Return the activation buffer, in bits, from which on each tensor stays in it.
+
+    spare: bits that are free besides at some steps, since no weights are fetched there
 
     At every step the smaller of the tensors that exist come first; a tensor needs room for itself and for those before
     it, at each step of its life. So the tensors that stay in a given buffer always fit together, and those that stay
@@ -30,7 +32,7 @@ def demands(lifetimes: Iterable[Lifetime]) -> dict[str, float]:
     found: dict[str, float] = {}
     for life in by_size:
         occupied.add(life.first, life.last, life.bits)
-        found[life.tensor] = occupied.highest(life.first, life.last)
+        found[life.tensor] = occupied.highest(life.first, life.last, spare or {})
     return found
 
 
@@ -44,5 +46,5 @@ class _Steps:
         for step in range(first, last + 1):
             self._bits[step] += bits
 
-    def highest(self, first: int, last: int) -> float:
-        return max(self._bits[first : last + 1])
+    def highest(self, first: int, last: int, spare: Mapping[int, float]) -> float:
+        return max(self._bits[step] - spare.get(step, 0.0) for step in range(first, last + 1))

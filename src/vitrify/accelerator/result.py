@@ -102,13 +102,20 @@ class Result:
         lines = [
             f"{self.model} on {self.hardware.title}: {self.cycles:,} cycles, {self.seconds * 1e3:.4g} ms, "
             f"{self.total_pj * 1e-9:.4g} mJ ({self.energy_pj['dram'] * 1e-9:.4g} DRAM), {self.total_mm2:.3g} mm2",
-            f"{'':14}{'busy':>8}{'of peak':>9}{'operand':>9}{'DRAM':>8}{'port':>8}{'mJ':>10}{'mm2':>8}",
+            f"{'':18}{'busy':>8}{'of peak':>9}{'operand':>9}{'DRAM':>8}{'port':>8}{'mJ':>10}{'mm2':>8}",
         ]
+        told: set[str] = set()
         for name, queue in self.queues.items():
             idle = {reason: cycles / max(self.cycles, 1) for reason, cycles in queue.idle.items()}
-            lines.append(
-                f"{name:14}{queue.busy / max(self.cycles, 1):8.1%}{self.utilisation[name]:9.1%}{idle['operand']:9.1%}"
-                f"{idle['dram']:8.1%}{queue.port / max(self.cycles, 1):8.1%}"
-                f"{self.energy_pj.get(name, 0.0) * 1e-9:10.4f}{self.area_mm2.get(name, 0.0):8.3f}"
+            engine = name.partition(" ")[0]  # the units of a lane engine have queues of their own, its energy is one
+            costs = (
+                "" if engine in told else f"{self.energy_pj[engine] * 1e-9:10.4f}{self.area_mm2.get(engine, 0):8.3f}"
             )
+            told.add(engine)
+            lines.append(
+                f"{name:18}{queue.busy / max(self.cycles, 1):8.1%}{self.utilisation[name]:9.1%}{idle['operand']:9.1%}"
+                f"{idle['dram']:8.1%}{queue.port / max(self.cycles, 1):8.1%}{costs}"
+            )
+        for name in ("registers", "sram", "noc"):
+            lines.append(f"{name:60}{self.energy_pj[name] * 1e-9:10.4f}{self.area_mm2.get(name, 0):8.3f}")
         return "\n".join([*lines, *self.notes])

@@ -24,7 +24,7 @@ from vitrify.accelerator.kernels import lower_kernel
 from vitrify.accelerator.layers import TileTooSmallError, least_cycles, lower_layer
 from vitrify.accelerator.lower import Action, Lowering, Plan
 from vitrify.accelerator.masks import Masks, synthetic_for
-from vitrify.accelerator.placement import Drain, Mapping, Order
+from vitrify.accelerator.placement import Drain, Mapping, Order, Placement, base
 from vitrify.accelerator.prices import Prices
 from vitrify.accelerator.program import DRAM, Job, Queue, run
 from vitrify.accelerator.result import OperationCost, Result
@@ -82,10 +82,8 @@ def simulate(
     placements = list(function(workload, machine, masks))
     if masks is not None and any(placement.kept for placement in placements):
         notes.append(f"masks {masks.source}, density {masks.density:.3g}")
+    _check(placements, machine)
     plan = Plan(machine, placements, pipeline, drain)
-    for index, placement in enumerate(placements):
-        if placement.engine and placement.engine not in machine.engines:
-            raise unknown(f"engine of hardware {machine.name!r} (operation {index})", placement.engine, machine.engines)
     best, refused = _best(workload, plan, mappings, objective, notes)
     if best is None:
         raise InputError(
@@ -133,6 +131,23 @@ def _best(
         if best is None or score < best[0]:
             best = score, result
     return best[1] if best else None, refused
+
+
+def _check(placements: Sequence[Placement], hardware: Hardware) -> None:
+    """Raise InputError for engines that the hardware lacks, and for operations before those whose results they read."""
+    made: set[str] = set()
+    for placement in placements:
+        operation = placement.operation
+        if placement.engine and placement.engine not in hardware.engines:
+            kind = f"engine of hardware {hardware.name!r}, for {operation.id} ({operation.module}),"
+            raise unknown(kind, placement.engine, hardware.engines)
+        for operand in operation.inputs:
+            if operand.producer is not None and base(operand.tensor) not in made:
+                raise InputError(
+                    f"the schedule runs {operation.id} ({operation.module}) before {operand.producer}, whose result "
+                    f"{operand.tensor!r} it reads: a schedule must keep to the workload's dependencies"
+                )
+        made |= {output.tensor for output in operation.outputs}
 
 
 def candidates(hardware: Hardware) -> Iterator[Mapping]:

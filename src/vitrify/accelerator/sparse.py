@@ -23,7 +23,7 @@ DENSITIES = {"sanger": 0.25, "vitcod": 0.1}
 _PREDICTOR_BITS = 4
 
 Passes = Callable[[Mask, Systolic, int], int]
-"""Cycles of one product over a head's mask, on an array, for a head of some width."""
+"""Cycles of one product over a head's masks (images, queries, keys), on an array, for a head of some width."""
 
 
 @schedule("sanger")
@@ -63,21 +63,21 @@ def _packed(mask: Mask, array: Systolic, head_width: int) -> int:
 
 def _polarised(mask: Mask, array: Systolic, head_width: int) -> int:
     split = polarise(mask)
-    return -(-int(split.denser + split.sparser) * head_width // array.pes)
+    return -(-int((split.denser + split.sparser).sum()) * head_width // array.pes)
 
 
 def _over_masks(workload: Workload, hardware: Hardware, masks: Masks | None, passes: Passes) -> list[Placement]:
-    """Place everything; of softmax attention, do what the masks keep."""
+    """Place everything; of softmax attention, do what the masks keep, in the mean over their images."""
     placements = []
     for operation in workload.operations:
         placement = place(operation, hardware)
         if masks is not None and operation.step in ("qk", "softmax", "av") and placement.engine:
-            heads = masks[operation.module].kept[0]
+            heads = masks[operation.module].kept.swapaxes(0, 1)
             of_scores = any(operand.shape[-2:] == heads.shape[-2:] for operand in operation.inputs)
             if operation.kind == "matmul":
                 width = operation.k if operation.step == "qk" else operation.n
                 array = array_of(placement, hardware)
-                placement = replace(placement, cycles=[passes(head, array, width) for head in heads])
+                placement = replace(placement, cycles=[-(-passes(head, array, width) // len(head)) for head in heads])
             if operation.kind == "matmul" or of_scores:
                 placement = replace(placement, kept=[float(head.mean()) for head in heads])
         placements.append(placement)

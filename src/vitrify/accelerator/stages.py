@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vitrify.accelerator.placement import Placement, base, grouping, kernel
+from vitrify.accelerator.placement import Placement, base, grouping, kernel, sums
 
 CHUNK = 128
 """Tokens in a chunk; there are at most MOST_CHUNKS chunks of a head."""
@@ -35,7 +35,8 @@ class Stage:
 
 
 def runs(placements: Sequence[Placement], readers: Mapping[str, Sequence[int]], pipeline: bool) -> list[list[Stage]]:
-    """Return what is lowered together: attention's operations with the same groups, the vector work of a kernel.
+    """Return what is lowered together: attention's operations with the same groups; the vector work of a kernel, and
+    of kernels that go on with it one by one.
 
     Every other operation stands alone, as a stage without outputs. readers: the placements that read each tensor.
     Without the pipeline no stage runs ahead for the sake of another.
@@ -51,7 +52,7 @@ def runs(placements: Sequence[Placement], readers: Mapping[str, Sequence[int]], 
             run.append(index)
             continue
         alone = Stage(index, "rows", 0, 1, 1, ())
-        if found and _same_kernel(placements[found[-1][-1].index], placement) and not found[-1][0].outputs:
+        if found and not found[-1][0].outputs and _goes_on(placements[found[-1][-1].index], placement):
             found[-1].append(alone)
         else:
             found.append([alone])
@@ -72,10 +73,15 @@ def in_run_bits(all_runs: Sequence[Sequence[Stage]]) -> dict[str, float]:
     return found
 
 
-def _same_kernel(one: Placement, other: Placement) -> bool:
-    return all(p.operation.kind == "vector" and p.engine for p in (one, other)) and (
-        kernel(one.operation) == kernel(other.operation)
-    )
+def _goes_on(one: Placement, other: Placement) -> bool:
+    """Say whether vector work is of the same kernel as the one before, or takes over its results one by one."""
+    if not all(p.operation.kind == "vector" and p.engine for p in (one, other)):
+        return False
+    if kernel(one.operation) == kernel(other.operation):
+        return True
+    made = {output.tensor for output in one.operation.outputs}
+    follows = any(operand.tensor in made for operand in other.operation.inputs)
+    return follows and not sums(one.operation) and not sums(other.operation)
 
 
 def _groups(placement: Placement) -> int:

@@ -53,7 +53,7 @@ class Outcome:
     quantities: Mapping[str, float] = field(default_factory=dict)
     tiles: str = ""
     reason: str = ""
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
