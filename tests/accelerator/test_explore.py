@@ -200,6 +200,14 @@ def test_the_folder_of_another_exploration_is_refused_and_stays(changed, message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_another_simulator_s_results_are_not_mixed_in(tmp_path, monkeypatch):
+    run(tmp_path)
+    (tmp_path / "tables").mkdir()
+    monkeypatch.setattr("vitrify.accelerator.explore.run.TABLES", tmp_path / "tables")
+    with pytest.raises(InputError, match='simulator: "'):
+        run(tmp_path)
+
+
 def test_folders_that_are_no_exploration_s(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")

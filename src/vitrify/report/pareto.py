@@ -51,7 +51,10 @@ def pareto(found: Exploration, title: str) -> Figure:
         axes.set_xlabel(f"{LABELS[x]} (lower is better)")
         axes.set_ylabel(f"{LABELS[y]} (lower is better)")
         axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
-        figure.legend(loc="outside lower center", ncols=3)
+        if done or found.start.status == "done":
+            figure.legend(loc="outside lower center", ncols=3)
+        else:
+            axes.text(0.5, 0.5, "no design can be simulated", transform=axes.transAxes, ha="center")
     return figure
 
 

@@ -18,11 +18,13 @@ from vitrify.accelerator.hardware import Hardware, describe, load
 from vitrify.accelerator.simulate import Objective
 from vitrify.cost.graph import Workload
 from vitrify.cost.serialise import to_json
+from vitrify.cost.tables import FOLDER as TABLES
 from vitrify.errors import InputError
 from vitrify.files import write_atomically
 
 Progress = Callable[[int, int, Outcome], None]
 """Told after each trial: how many are done (those of an earlier run too), of how many at most, and the outcome."""
+_SIMULATOR = Path(__file__).parent.parent
 _TILES_BY: Mapping[str, Objective] = {"latency_ms": "latency", "energy_mj": "energy", "edp_mj_ms": "edp"}
 
 
@@ -69,6 +71,7 @@ def explore(
     task = Task(workload, start, next((_TILES_BY[name] for name in objectives if name in _TILES_BY), "latency"))
     identity = {
         "vitrify": __version__,
+        "simulator": _source(),
         "model": f"{workload.model}, input {' x '.join(map(str, workload.input_shape))}",
         "workload": hashlib.sha256(to_json(workload).encode()).hexdigest()[:16],
         "hardware": describe(start),
@@ -95,6 +98,12 @@ def explore(
         exploration = Exploration(start, chosen, objectives, limits, started, found)
         write_atomically(folder.path / "trials.csv", exploration.to_csv())
     return exploration
+
+
+def _source() -> str:
+    """Return a digest of the simulator and its tables: results of two versions must not stand in one file."""
+    files = [*_SIMULATOR.glob("*.py"), *TABLES.glob("*.yaml")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def _send(sampler: Sampler, trials: Sequence[Trial]) -> Sequence[Point] | None:
