@@ -33,6 +33,20 @@ RANGES: dict[str, tuple[float, ...]] = {
     "engines.dividers.latency": (4, 16, 64),
 }
 
+SANGER_SHAPES = [
+    {"array": (64, 64), "predictor": (64, 64)},
+    {"array": (64, 64), "predictor": (64, 32)},
+    {"array": (64, 64), "predictor": (32, 32)},
+    {"array": (64, 56), "predictor": (64, 16)},
+    {"array": (48, 64), "predictor": (64, 32)},
+    {"array": (64, 48), "predictor": (32, 32)},
+    {"array": (32, 64), "predictor": (32, 32)},
+    {"array": (64, 32), "predictor": (32, 32)},
+    {"array": (32, 32), "predictor": (32, 32)},
+    {"array": (32, 32), "predictor": (16, 16)},
+]
+"""Shapes of Sanger that are tried at equal area; the fastest that fits is what vitality is compared with."""
+
 HERE = Path(__file__).parent / "hardware"
 BALANCED, SHIFTERS = str(HERE / "balanced.yaml"), str(HERE / "shifters.yaml")
 

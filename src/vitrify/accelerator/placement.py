@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitrify.accelerator.hardware import Dataflow, Hardware, Numbers, Systolic
-from vitrify.cost.graph import Operand, Operation
+from vitrify.cost.graph import Operand, Operation, Primitive
 from vitrify.errors import InputError
 
 Order = Literal["strips", "traffic"]
@@ -85,11 +85,16 @@ def operand_bits(operation: Operation, array: Systolic, hardware: Hardware) -> t
 
 def partial_bits(operation: Operation, array: Systolic, hardware: Hardware) -> int:
     """Return the width of a product's partial sums, in the array and outside."""
-    return min(operation.bits[2], sum_bits(*operand_bits(operation, array, hardware), hardware.numbers))
+    bits = operand_bits(operation, array, hardware)
+    return min(operation.bits[2], sum_bits(operation.primitive, *bits, hardware.numbers))
 
 
-def sum_bits(left: int, right: int, numbers: Numbers) -> int:
-    """Return the width of an accumulator: the products' and 8 bits more, which 256 sums fill, if there are so many."""
+def sum_bits(primitive: Primitive, left: int, right: int, numbers: Numbers) -> int:
+    """Return the width of an accumulator: the products' and 8 bits more, which 256 sums fill, if there are so many.
+
+    A code of b bits shifts by up to 2^(b - 1) - 2 places.
+    """
+    right = 2 ** (right - 1) - 1 if primitive == "shift" else right
     return min(left + right + 8, numbers.partial_bits)
 
 

@@ -49,7 +49,7 @@ class Prices:
 
     def product(self, primitive: Primitive, left: int, right: int) -> float:
         """Return pJ of one product and its accumulation, without the registers."""
-        partial = sum_bits(left, right, self.hardware.numbers)
+        partial = sum_bits(primitive, left, right, self.hardware.numbers)
         energy = self._operations.at_width("energy", "add", partial).value
         if primitive == "multiply":
             # A multiplier of a x b bits has a b cells, as has a square one of their geometric mean.
@@ -58,12 +58,12 @@ class Prices:
             energy += self._operations.at_width("energy", "shift", max(left, right)).value
         return energy * self._energy
 
-    def registers(self, left: int, right: int) -> float:
+    def registers(self, primitive: Primitive, left: int, right: int) -> float:
         """Return pJ of a PE's registers for one product.
 
         The streaming operand and the partial sum are read and written, what stays is read.
         """
-        bits = 2 * left + right + 2 * sum_bits(left, right, self.hardware.numbers)
+        bits = 2 * left + right + 2 * sum_bits(primitive, left, right, self.hardware.numbers)
         return bits * self.levels["register"]
 
     def scalar(self, kind: str) -> float:
@@ -90,7 +90,8 @@ class Prices:
         Registers hold the streaming operand, what stays twice (the next one is loaded meanwhile), the partial sum, and
         a second one if sums can stay in place.
         """
-        partial = sum_bits(array.left_bits, array.right_bits, self.hardware.numbers)
+        widest = (sum_bits(p, array.left_bits, array.right_bits, self.hardware.numbers) for p in array.primitives)
+        partial = max(widest)
         cells = self._operations.at_width("area", "add", partial).value
         if "multiply" in array.primitives:
             cells += self._operations.at_width("area", "multiply", (array.left_bits * array.right_bits) ** 0.5).value

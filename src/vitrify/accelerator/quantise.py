@@ -57,8 +57,8 @@ def widths_of(hardware: str | Path | Hardware) -> Widths:
 
 
 def form_of(hardware: str | Path | Hardware) -> Form:
-    """Return which form of Taylor attention a hardware's own schedule is made for."""
-    return "affine" if load(hardware).schedule == "vitality-affine" else "algorithm1"
+    """Return which form of Taylor attention a hardware runs: Algorithm 1 where the paper's units are, else the better."""
+    return "algorithm1" if load(hardware).schedule in ("vitality", "g-stationary") else "affine"
 
 
 @dataclass

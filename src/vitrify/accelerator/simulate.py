@@ -236,7 +236,7 @@ def _charge(
     if kind == "mac":
         _, engine, primitive, left, right = action
         energy[engine] += count * prices.product(cast(Primitive, primitive), int(left), int(right))
-        energy["registers"] += count * prices.registers(int(left), int(right))
+        energy["registers"] += count * prices.registers(cast(Primitive, primitive), int(left), int(right))
         macs[engine] += count
     elif kind == "lane":
         energy[action[1]] += count * prices.scalar(action[2])
