@@ -118,3 +118,13 @@ def test_unknown_presets_are_refused():
 
 def test_the_tiny_model_of_these_tests_differs_in_size_only():
     assert set(TINY) < set(vars(create("gnt_small").architecture))
+
+
+def test_mixed_precision_gives_nearly_the_same():
+    model, (rays, _) = tiny(), batch()
+    exact = model(rays).rgb
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(rays)
+        depth = model.depth(out)
+    assert (out.rgb.float() - exact).abs().mean() < 0.05 * exact.std()
+    assert depth.isfinite().all()
