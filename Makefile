@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-kernels lint checkpoint experiments bench bench-gpu clean
+.PHONY: help demo demo-3d test test-slow test-kernels lint checkpoint experiments bench bench-gpu clean
 
 help:
 	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
+	@echo "make demo-3d      set up, then render views of 3D scenes that no model has seen, by several models, and report"
 	@echo "make test         set up, then the quick tests (about 6 minutes after set-up on 2 cores)"
 	@echo "make test-slow    the slow tests"
 	@echo "make test-kernels every GPU kernel compiled for every architecture (an hour, no GPU needed)"
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/vitrify demo --output demo-output
+
+demo-3d: $(STAMP)
+	$(BIN)/vitrify nvs demo --output demo-output-3d
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
@@ -70,6 +74,8 @@ experiments: $(STAMP)
 	$(BIN)/python experiments/shiftaddvit/run.py --table rows_pvt.yaml
 	$(BIN)/python experiments/shiftaddvit/run.py --table rows_few.yaml
 	$(BIN)/python experiments/shiftaddvit/rounding.py
+	$(BIN)/python experiments/nvs/run.py
+	$(BIN)/python experiments/nvs/cost.py
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) build dist demo-output demo-output-3d

@@ -35,6 +35,9 @@ def evaluate(
             help=f"Measure on this scene; repeatable. {shared.SCENE_HELP} Default: the shipped held-out ones."
         ),
     ] = None,
+    limit: Annotated[
+        int | None, options.at_least(1, "Measure so many held-out views of each scene only, the first.")
+    ] = None,
     sources: shared.SourcesOption = 8,
     shrink: shared.ShrinkOption = 1,
     chunk: shared.ChunkOption = 1024,
@@ -58,12 +61,13 @@ def evaluate(
     if reason := metrics.why_no_lpips():
         typer.echo(f"without LPIPS: {reason}", err=True)
     records: list[Record] = []
-    total = sum(len(held_out_views(each)) for each in scenes)
+    views = {each.name: held_out_views(each)[:limit] for each in scenes}
+    total = sum(map(len, views.values()))
     with shared.interruptible(output), shared.ray_bar(total) as advance:
         run = evaluation.renderer(gnt, chunk=chunk, progress=advance)
         for each in (each.in_memory() for each in scenes):
             for name, renderer in {**evaluation.BASELINES, "model": run}.items():
-                records += evaluation.evaluate(name, renderer, each, output, sources=sources)
+                records += evaluation.evaluate(name, renderer, each, output, sources=sources, views=views[each.name])
     result = {
         "model": model,
         **settings,
