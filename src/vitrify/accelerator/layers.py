@@ -82,14 +82,15 @@ def _cut(operation: Operation, array: Systolic, hardware: Hardware, mapping: Map
         columns = min(n, max(side, _rounded(tile / (k * right), side)))
         inner = min(k, _rounded(tile / (columns * right), 64))
     rows = 0.0
-    if inner and groups:
+    parts = _even(k, inner, 64) if inner else []
+    if parts and groups:
+        inner = parts[0][1]
         sums, streamed = tile / (columns * groups * partial), tile / (inner * groups * left)
         rows = 3 * sums if stays and mapping.order == "strips" else min(sums, streamed)
     if rows < 1:
         raise TileTooSmallError(
             f"{operation.id} ({operation.module}), {m} x {k} x {n}, does not fit into tiles of {mapping.tile_kib:g} KiB"
         )
-    parts = cuts(k, inner)
     strips = cuts(operation.count, groups) if operation.count > 1 else cuts(n, columns)
     by_strips = _Tiles(_even(m, rows), parts, strips, True)
     kept = 2 * tile / (k * groups * left)  # rows that the two buffers for activations hold whole
@@ -102,9 +103,11 @@ def _cut(operation: Operation, array: Systolic, hardware: Hardware, mapping: Map
     return by_rows if weights * (len(by_rows.rows) if by_rows.again else 1) + rest < first else by_strips
 
 
-def _even(total: int, most: float) -> list[tuple[int, int]]:
-    """Cut into as few equal ranges as `most` allows."""
-    return cuts(total, -(-total // -(-total // min(total, int(most)))))
+def _even(total: int, most: float, step: int = 1) -> list[tuple[int, int]]:
+    """Cut into as few equal ranges as `most` allows, of multiples of `step` if that is possible."""
+    size = -(-total // -(-total // min(total, int(most))))
+    rounded = -(-size // step) * step
+    return cuts(total, rounded if rounded <= most else size)
 
 
 def lower_layer(low: Lowering, index: int) -> None:

@@ -57,7 +57,7 @@ def widths_of(hardware: str | Path | Hardware) -> Widths:
 
 
 def form_of(hardware: str | Path | Hardware) -> Form:
-    """Return which form of Taylor attention a hardware runs: Algorithm 1 where the paper's units are, else the better."""
+    """Return which form of Taylor attention a hardware runs: Algorithm 1 on the paper's units, else the better one."""
     return "algorithm1" if load(hardware).schedule in ("vitality", "g-stationary") else "affine"
 
 
