@@ -224,10 +224,10 @@ def ablations() -> Iterator[tuple[Row, Callable[[], Row]]]:
             ),
             "G-stationary": lambda g=graph: measure(g, load("vitality").with_(keeps), schedule="g-stationary"),
             "affine form": lambda n=name: measure(workload(n, "affine"), load("vitality-affine")),
-            "affine form, any softmax dropped in the same array": lambda n=name: measure(
+            "affine form on a plain array (`systolic`)": lambda n=name: measure(
                 workload(n, "affine"), load("systolic")
             ),
-            "softmax on the same array": lambda n=name: measure(workload(n), load("systolic")),
+            "softmax on a plain array (`systolic`)": lambda n=name: measure(workload(n), load("systolic")),
         }
         for variant, row in variants.items():
             yield {"model": name, "variant": variant}, row
