@@ -14,8 +14,7 @@ from vitrify.nvs.rays import pixel_rays
 from vitrify.nvs.scene import Scene, View
 
 _PLANES = 64
-# The variance of colours in [0, 1] is at most this: a pixel that fewer than two views see speaks against a plane.
-_WORST = 0.25
+_LEAST_SEEN = 0.5
 
 
 def nearest_source(scene: Scene, target: View, sources: Sequence[int]) -> Tensor:
@@ -33,19 +32,17 @@ def mean_on_a_plane(scene: Scene, target: View, sources: Sequence[int]) -> Tenso
     """Return the mean of the source views, projected onto one plane and from there into the target: (3, H, W).
 
     The plane faces the target. Of 64 depths, even in inverse depth from near to far, it is the one at which the
-    sources agree best (least variance of their colours, mean over the pixels): that needs no truth, and is better than
-    a fixed depth. Pixels that no source sees get the scene's background. Raises InputError without sources.
+    sources agree best: least variance of their colours, mean over the pixels that two or more see, which must be half
+    of all. That needs no truth, and is better than a fixed depth; where there are no such pixels, it is the middle one.
+    Pixels that no source sees get the scene's background. Raises InputError without sources.
     """
     _check(sources)
     views = [scene.views[index] for index in sources]
     inverse = torch.linspace(1 / scene.near, 1 / scene.far, _PLANES)
-    best, least = torch.empty(0), float("inf")
-    for depth in (1 / inverse).tolist():
-        mean, variance = _on_plane(target, views, depth, scene.background)
-        disagreement = variance.mean().item()
-        if disagreement < least:
-            best, least = mean, disagreement
-    return best
+    planes = [_on_plane(target, views, depth, scene.background) for depth in (1 / inverse).tolist()]
+    # Where they cannot disagree (one source, or no overlap), the middle.
+    best = min(range(_PLANES), key=lambda index: (planes[index][1], abs(index - _PLANES // 2)))
+    return planes[best][0]
 
 
 def _check(sources: Sequence[int]) -> None:
@@ -53,8 +50,8 @@ def _check(sources: Sequence[int]) -> None:
         raise InputError("there is no source view to render from")
 
 
-def _on_plane(target: View, views: Sequence[View], depth: float, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (3, H, W) and the variance (H, W) of what the views see at this depth before the target."""
+def _on_plane(target: View, views: Sequence[View], depth: float, background: Tensor) -> tuple[Tensor, float]:
+    """Return the mean (3, H, W) of what the views see at this depth before the target, and how far they disagree."""
     origins, directions = pixel_rays(target.intrinsics, target.camera_to_world, target.height, target.width)
     intrinsics = torch.stack([view.intrinsics for view in views])[None]
     poses = torch.stack([view.camera_to_world for view in views])[None]
@@ -67,7 +64,8 @@ def _on_plane(target: View, views: Sequence[View], depth: float, background: Ten
         colours = F.grid_sample(view.rgb()[None], grid[None, None], padding_mode="border", align_corners=False)[0, :, 0]
         total, squares, count = total + seen * colours, squares + seen * colours**2, count + seen
     mean = total / count.clamp(min=1)
-    variance = (squares / count.clamp(min=1) - mean**2).mean(0)
-    size = target.height, target.width
-    mean = torch.where(count > 0, mean, background[:, None])
-    return mean.reshape(3, *size), torch.where(count > 1, variance, torch.tensor(_WORST)).reshape(size)
+    shared = count > 1
+    variance = (squares / count.clamp(min=1) - mean**2).mean(0)[shared]
+    disagreement = variance.mean().item() if shared.float().mean() >= _LEAST_SEEN else float("inf")
+    picture = torch.where(count > 0, mean, background[:, None])
+    return picture.reshape(3, target.height, target.width), disagreement
