@@ -75,7 +75,7 @@ def explore(
     ] = None,
     seed: Annotated[int, options.at_least(0, "Seed of random and optuna.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Designs at a time.", show_default="one on each core")
+        int | None, options.at_least(1, "Designs at a time. Default: one on each core, two on a cluster's.")
     ] = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster's: auto, local, or HOST:PORT; an extra.")
@@ -104,8 +104,10 @@ def explore(
 
     from vitrify import recipes
     from vitrify.accelerator import explore as exploring
+    from vitrify.accelerator.explore import samplers
     from vitrify.accelerator.explore.space import read
     from vitrify.accelerator.explore.trials import read_constraint, read_objectives
+    from vitrify.accelerator.explore.workers import cores
     from vitrify.accelerator.hardware import load
     from vitrify.cli.on_hardware import Models
 
@@ -113,6 +115,8 @@ def explore(
     start = load(hardware)
     chosen = read(space, start)
     objectives, limits = read_objectives(objective), [read_constraint(text) for text in constraint or ()]
+    samplers.count_trials(sampler, chosen, trials)
+    samplers.version(sampler)
     if recipe is not None:
         recipes.get(recipe)
     with Console(stderr=True).status("building the model"):
@@ -135,7 +139,7 @@ def explore(
                 sampler=sampler,  # type: ignore[arg-type]  # checked there
                 trials=trials,
                 seed=seed,
-                workers=workers,
+                workers=cores() if workers is None and ray is None else workers,
                 ray=ray,
                 progress=progress,
             )
@@ -245,7 +249,7 @@ def _beside(best: Trial, start: Trial, quantity: str) -> str:
     before = start.quantities[quantity]
     if value == before:
         return f"{value:.4g} (as at the start)"
-    ratio = f"{before / value:.3g}x less" if value < before else f"{value / before:.3g}x more"
+    ratio = f"{before / value:.2f}x less" if value < before else f"{value / before:.2f}x more"
     return f"{value:.4g} ({ratio} than {before:.4g})"
 
 

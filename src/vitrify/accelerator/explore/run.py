@@ -39,7 +39,7 @@ def explore(
     sampler: SamplerName = "random",
     trials: int | None = None,
     seed: int = 0,
-    workers: int | None = 1,
+    workers: int | None = None,
     ray: str | None = None,
     progress: Progress = lambda done, total, outcome: None,
 ) -> Exploration:
@@ -53,8 +53,8 @@ def explore(
     constraints  "total_mm2<=3", "power_w<=1.5", ...: see `trials.QUANTITIES`
     sampler      "random", "grid", or "optuna" (extra `explore`): TPE, for two objectives NSGA-II
     trials       how many different designs the sampler tries, 100 by default; a grid tries all
-    workers      processes, or with `ray` designs under way at a time; None: all cores. More than one needs a script
-                 whose work stands under `if __name__ == "__main__":`, as everywhere in Python
+    workers      so many processes, by default this one alone. More need a script whose work stands under
+                 `if __name__ == "__main__":`. With `ray` so many designs at a time, by default two for each core
     ray          the address of a cluster, "auto", or "local" (extra `ray`); its nodes need vitrify
 
     The same seed gives the same trials whatever the workers. A design that the simulator refuses is a trial, too, with

@@ -67,7 +67,7 @@ def start(
     return _rounds(space, trials, _study(seed, len(objectives)), _judge(objectives, constraints))
 
 
-def version(name: SamplerName) -> str:
+def version(name: str) -> str:
     """Return the version that a sampler's choices depend on; "" for our own."""
     if name != "optuna":
         return ""

@@ -58,17 +58,17 @@ def cores() -> int:
 
 @contextmanager
 def working(task: Task, workers: int | None, ray: str | None) -> Iterator[Run]:
-    """Give the function that simulates: with one worker here, with more in processes, with `ray` on that cluster.
+    """Give the function that simulates: here, in several processes, or with `ray` on that cluster.
 
-    workers: None for one on each core, or two for each of the cluster's, so that none waits for its next design
+    workers: None for this process alone, or two for each core of the cluster, so that none waits for its next design
     """
     if ray is not None:
         with _cluster(task, workers, ray) as run:
             yield run
-    elif workers == 1:
+    elif workers in (None, 1):
         yield lambda designs: ((number, evaluate(task, changes)) for number, changes in enumerate(designs))
     else:
-        with _processes(task, workers or cores()) as run:
+        with _processes(task, workers) as run:
             yield run
 
 
