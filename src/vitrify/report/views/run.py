@@ -18,6 +18,7 @@ from vitrify.nn import Mixture
 from vitrify.nvs import GNT, RayBatch, Scene, nearest_views
 from vitrify.nvs.evaluate import BASELINES, claim, evaluate, renderer
 from vitrify.nvs.evaluate import summary as means
+from vitrify.nvs.metrics import check_ssim
 from vitrify.nvs.render import Progress
 from vitrify.nvs.routing import routing_maps
 from vitrify.nvs.scenes_io import held_out_views, shipped_scenes
@@ -46,8 +47,9 @@ def run(
 ) -> Results:
     """Render the first `views` held-out views of the two held-out scenes, and write the report into `output`.
 
-    Errors as `nvs.evaluate.claim` and `evaluate`.
+    Errors as `nvs.evaluate.claim` and `evaluate`; InputError without scikit-image.
     """
+    check_ssim()
     folder = output / "views"
     claim(folder, {"weights": {name: fingerprint(model) for name, model in models.items()}, "sources": sources})
     scenes = [scene.in_memory() for scene in shipped_scenes("held_out")]
