@@ -137,8 +137,8 @@ class RayAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Return how much each point of a ray is attended to: (N, P, C) -> (N, P), summing to 1.
 
-        The mean over heads and over the points that ask, since a ray's colour is the mean of its points. Where rays
-        end can be read from it (GNT, section 4.3).
+        The mean over heads and over the points that ask, since a ray's colour is the mean of its points. (The released
+        code takes the first point alone, which need not stand for the others once the attention is converted.)
         """
         query, key = self.heads(self.query(x)), self.heads(self.key(x))
         weights: Tensor = ((query * self.scale) @ key.transpose(-2, -1)).softmax(-1)
