@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Literal, get_args
 
 from vitrify.accelerator.hardware import Engine, Hardware, Systolic
@@ -63,27 +64,31 @@ def _scaled(hardware: Hardware, factor: float) -> Hardware:
 
 
 def sides(pes: float) -> tuple[int, int]:
-    """Return the rows and columns of the array with the most PEs up to a number: layers' sizes are multiples of 16.
+    """Return the rows and columns of an array of at most so many PEs that the layers of ViTs fill best.
 
-    >>> sides(4200), sides(600), sides(7)
-    ((64, 64), (24, 24), (2, 3))
+    >>> sides(4200), sides(2700), sides(7)
+    ((64, 64), (40, 64), (2, 3))
 
-    Sides are multiples of 16 if that wastes under a tenth, else of 8, of 4, or any; one is at most four times the
-    other, and of equally many PEs the squarest array is taken.
+    Sides are multiples of 8 where there are 1,024 PEs or more, and one is at most four times the other. Of equally good
+    shapes the squarest is taken, with more columns than rows.
     """
-    best = (1, 1)
-    for step in (16, 8, 4, 1):
-        most = int(2 * pes**0.5) // step * step
-        options = [
-            (rows, columns)
-            for rows in range(step, most + 1, step)
-            if (columns := int(pes / rows) // step * step) and max(rows, columns) <= 4 * min(rows, columns)
-        ]
-        if options:
-            best = max(options, key=lambda s: (s[0] * s[1], -abs(s[0] - s[1]), -s[0]))
-            if best[0] * best[1] >= 0.9 * pes:
-                break
-    return best
+    step = 8 if pes >= 1024 else 1
+    options = [
+        (rows, columns)
+        for rows in range(step, int(2 * pes**0.5) + 1, step)
+        for columns in range(step, min(int(pes / rows), 4 * rows) + 1, step)
+        if rows <= 4 * columns
+    ]
+    return max(
+        options or [(1, 1)], key=lambda s: (s[0] * s[1] * _filled(s[0]) * _filled(s[1]), -abs(s[0] - s[1]), -s[0])
+    )
+
+
+@cache
+def _filled(side: int) -> float:
+    """Return the mean share of a side that layers of the usual widths keep busy over all their folds."""
+    widths = (64, 192, 384, 768)
+    return sum(width / (-(-width // side) * side) for width in widths) / len(widths)
 
 
 def _spent(hardware: Hardware, by: Budget) -> float:
