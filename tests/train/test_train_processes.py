@@ -44,7 +44,7 @@ def launch(folder, call):
         f"from test_train_processes import *; {call}\n"
         "import accelerate; state = accelerate.PartialState()\n"
         # A file each: what two processes print to one pipe may interleave.
-        f"open({str(folder)!r} + f'/process{state.process_index}', 'w').write(str(state.num_processes))\n"
+        f"open({str(folder / 'process')!r} + str(state.process_index), 'w').write(str(state.num_processes))\n"
     )
     # torchrun, for `accelerate launch --cpu` starts a second process only through MPI.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
