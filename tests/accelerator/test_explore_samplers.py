@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from small_workloads import chain, machine
@@ -113,6 +114,13 @@ def test_a_ray_cluster_finds_what_one_process_finds(tmp_path, monkeypatch):
     finally:
         ray.shutdown()
     assert (tmp_path / "one/trials.csv").read_bytes() == (tmp_path / "auto/trials.csv").read_bytes()
-    with pytest.raises(InputError, match="there is no Ray cluster at 'auto'"):
-        run(tmp_path / "none", ray="auto", **options)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_said_soon_and_leaves_no_folder(tmp_path):
+    pytest.importorskip("ray", reason="needs ray: pip install 'vitrify[ray]'")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"there is no Ray cluster at '127\.0\.0\.1:1'"):
+        run(tmp_path / "none", ray="127.0.0.1:1")
+    assert time.monotonic() - start < 120
     assert not (tmp_path / "none").exists()

@@ -121,6 +121,20 @@ def _processes(task: Task, workers: int) -> Iterator[Run]:
 
 
 @contextmanager
+def _one_attempt(address: str) -> Iterator[None]:
+    """Let Ray try an address once, half a minute; by itself it tries a cluster that is gone for over ten."""
+    patience = "RAY_gcs_server_port_wait_time_s"
+    if address == "local" or patience in os.environ:
+        yield
+        return
+    os.environ[patience] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[patience]
+
+
+@contextmanager
 def _cluster(task: Task, workers: int | None, address: str) -> Iterator[Run]:
     with optional("ray", "ray", "a cluster"):
         import ray  # noqa: PLC0415  (an extra)
@@ -128,7 +142,8 @@ def _cluster(task: Task, workers: int | None, address: str) -> Iterator[Run]:
     if ours:
         own: dict[str, Any] = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning", **own)
+            with _one_attempt(address):
+                ray.init(address=address, log_to_driver=False, logging_level="warning", **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"there is no Ray cluster at {address!r} ('local' starts one here): {error}") from error
 
