@@ -67,7 +67,12 @@ def test_a_program_computes_fixed_point_attention_bit_for_bit(form, dataflow, pi
 @pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "serial"])
 def test_g_may_stay_in_the_array(pipeline):
     work, attention, codes = prepared("algorithm1", LONG)
-    result = simulate(work, with_arrays("vitality", in_place=True), schedule="g-stationary", pipeline=pipeline)
+    result = simulate(
+        work,
+        with_arrays("vitality", in_place=True, dataflows=("output", "weight")),
+        schedule="g-stationary",
+        pipeline=pipeline,
+    )
     assert torch.equal(execute(result, attention, *codes), attention(*codes))
 
 

@@ -71,6 +71,8 @@ def test_changed_figures_stand_as_assumed():
     changed = load("vitality").with_({"engines.general.rows": 32, "numbers.activation_bits": 6})
     assert changed.arrays["general"].pes == 32 * 64
     assert changed.standing_of("engines.general.rows") == "assumed"
+    renamed = changed.with_({"schedule": "systolic", "engines.general.dataflows": ["output"]})
+    assert parse(describe(renamed), renamed.name) == renamed
     with pytest.raises(InputError, match=r"engines\.general\.rows must be at least 1"):
         changed.with_({"engines.general.rows": 0})
     with pytest.raises(InputError, match=r"did you mean 'engines\.general\.rows'"):

@@ -133,7 +133,7 @@ class Hardware:
         raise InputError(f"hardware {self.name!r} does not say where {place} comes from: add it under `standing`")
 
     def with_(self, changes: Mapping[str, Any], name: str | None = None) -> Hardware:
-        """Return it with figures replaced, {"engines.general.rows": 32, "sram_kib": 128}; they stand as assumed.
+        """Return it with figures replaced, {"engines.general.rows": 32, "sram_kib": 128}, which stand as assumed.
 
         Raises InputError for a place that it does not have or a value that does not fit.
         """
@@ -147,7 +147,8 @@ class Hardware:
                 raise unknown(f"place in hardware {self.name!r}", place, _places(data))
             section[last] = list(value) if isinstance(value, tuple) else value
         changed = parse(data, name or self.name)
-        assumed: dict[str, Standing] = dict.fromkeys(changes, "assumed")
+        figures = _places(data)
+        assumed: dict[str, Standing] = {place: "assumed" for place in changes if place in figures}
         return replace(changed, standing={**self.standing, **assumed})
 
 

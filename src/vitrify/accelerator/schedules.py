@@ -139,10 +139,12 @@ def g_stationary(workload: Workload, hardware: Hardware, masks: Masks | None = N
     for placement in placements:
         operation = placement.operation
         if operation.kind == "matmul" and operation.step in ("2", "5"):
-            if not hardware.arrays[placement.engine].in_place:
+            array = hardware.arrays[placement.engine]
+            if not array.in_place or not {"output", "weight"} <= set(array.dataflows):
                 raise InputError(
                     f"array {placement.engine!r} of hardware {hardware.name!r} cannot keep G in place for "
-                    f"{operation.id} ({operation.module}): its `in_place` is false"
+                    f"{operation.id} ({operation.module}): that needs in_place: true, and output and weight among "
+                    "its dataflows"
                 )
             flow: Dataflow = "output" if operation.step == "2" else "weight"
             found.append(replace(placement, dataflow=flow, in_place=operation.step == "5"))

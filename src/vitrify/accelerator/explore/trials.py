@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from vitrify.accelerator.explore.space import Design, Space, show
-from vitrify.accelerator.hardware import Hardware, Standing
+from vitrify.accelerator.hardware import Hardware
 from vitrify.accelerator.result import Result
 from vitrify.errors import InputError, unknown
 
@@ -172,15 +172,8 @@ class Exploration:
     def hardware_of(self, trial: Trial, name: str) -> Hardware:
         """Return the hardware that one of `trials` stands for, under a name."""
         point = tuple(values.index(trial.design[axis]) for axis, values in self.space.axes.items())
-        changes = self.space.changes(point)
-        # Words have no standing, figures have.
-        figures = [
-            place for place, value in changes.items() if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-        assumed: dict[str, Standing] = dict.fromkeys(figures, "assumed")
         title = f"{self.hardware.title}, with {', '.join(f'{k} {show(v)}' for k, v in trial.design.items())}"
-        changed = self.hardware.with_(changes, name)
-        return replace(changed, title=title, standing={**self.hardware.standing, **assumed})
+        return replace(self.hardware.with_(self.space.changes(point), name), title=title)
 
     def to_csv(self) -> str:
         """Return a line for each trial, the start being number 0: design, quantities, and what became of it."""
