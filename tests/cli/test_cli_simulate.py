@@ -195,7 +195,7 @@ def test_hardware_of_ones_own_from_a_file(small, tmp_path):
         ([MINI, "--hardware", "systolic", "--taylor", "affine"], "--taylor: systolic runs the original model"),
         ([MINI, "--taylor", "afine"], "did you mean 'affine'"),
         ([MINI, "--schedule", "vitalty"], "did you mean 'vitality'"),
-        ([MINI, "--schedule", "g-stationary"], "its `in_place` is false"),
+        ([MINI, "--schedule", "g-stationary"], "cannot keep G in place"),
         ([MINI, "--masks", "masks.npz"], "vitality has no use for them"),
         ([MINI, "--hardware", "sanger", "--masks", "none.npz"], "'none.npz' do not exist"),
         ([MINI, "--batch-size", "0"], "at least 1, not 0"),
