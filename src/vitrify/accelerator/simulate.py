@@ -58,8 +58,8 @@ def simulate(
     pipeline    overlap the steps of attention (the intra-layer pipeline); without it each waits for the one before
     drain       "every_fold": arrays drain between folds, as SCALE-Sim counts; "overlapped": the next fold fills them
     masks       of sparse attention, for hardware that predicts them; else they are synthetic, and the result says so
-    objective   by what the best mapping is chosen: "latency", "energy", or "edp", their product. More bandwidth, SRAM
-                or PEs never makes the fastest mapping slower; the others are no such promise
+    objective   by what the best mapping is chosen: "latency", "energy", or "edp", their product. More bandwidth never
+                makes the fastest mapping slower, nor do more PEs if the smaller array's sides are among `LIMITS`
     mappings    ways to cut layers into tiles, of which the best is kept; by default every tile size that fits, in
                 both orders, on the whole arrays and on their corners
 
