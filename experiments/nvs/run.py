@@ -36,6 +36,15 @@ from vitrify.nvs.scenes_io import shipped_scenes  # noqa: E402
 
 TABLE: dict[str, Any] = yaml.safe_load((HERE / "rows.yaml").read_text())
 SMOKE = {"train": ["--steps", "2", "--rays", "16"], "eval": ["--limit", "1", "--shrink", "3"]}
+Views = dict[str, dict[str, float]]
+NEW_SCENES, TRAINED, ONE_SCENE = "new scenes", "trained scenes", "one scene"
+# Pictures take most of an evaluation's time: two of each of the ten trained scenes say enough.
+LIMIT = {NEW_SCENES: [], TRAINED: ["--limit", 2], ONE_SCENE: []}
+TITLES = {
+    NEW_SCENES: "Scenes that no model was trained on, all their held-out views",
+    TRAINED: "Two held-out views of each scene that the models were trained on together",
+    ONE_SCENE: "Each row trained on, on one new scene alone: its held-out views",
+}
 
 
 def main() -> None:
@@ -63,36 +72,49 @@ def main() -> None:
 
 
 def run(runs: Path, name: str, model: str, *, smoke: bool) -> bool:
-    """Fine-tune a row, then render its held-out views; return whether both succeeded."""
+    """Fine-tune a row, render its held-out views, and the same on scenes of its own; return whether all succeeded."""
     runs.mkdir(parents=True, exist_ok=True)
     log = runs / f"{name}.log"
-    for kind, words in commands(runs, name, model).items():
-        every = [*words, *(SMOKE[kind] if smoke else [])]
+    for words in commands(runs, name, model):
+        every = [*words, *(SMOKE[words[1]] if smoke else [])]
         print(f"{name}: {shlex.join(['vitrify', *every])}", flush=True)
         if not vitrify(every, log):
             return False
     return True
 
 
-def commands(runs: Path, name: str, model: str) -> dict[str, list[str]]:
-    """Return the vitrify commands of a row: train, and eval on all shipped scenes."""
-    row, place = TABLE["rows"][name], str((runs / name).relative_to(ROOT))
+def commands(runs: Path, name: str, model: str) -> list[list[str]]:
+    """Return the vitrify commands of a row, in order: train and eval on all scenes, then on each scene of its own."""
+    row, place, alone = TABLE["rows"][name], str((runs / name).relative_to(ROOT)), TABLE["one_scene"]
     recipe = str(HERE.relative_to(ROOT) / row["recipe"]) if row["recipe"].endswith(".yaml") else row["recipe"]
-    sources = ["--sources", TABLE["sources"]]
-    train = ["nvs", "train", model, "--recipe", recipe, "--output", place, *sources, *TABLE["common"]]
-    scenes = [word for names in scene_names().values() for scene in names for word in ("--scene", scene)]
-    found = {
-        "train": [*train, *row.get("options", [])],
-        "eval": ["nvs", "eval", place, "--output", f"{place}/views", *sources, *scenes],
-    }
-    return {kind: [str(word) for word in words] for kind, words in found.items()}
+    common = [*TABLE["common"], "--sources", TABLE["sources"]]
+    converted = ["--recipe", recipe, *row.get("options", [])]
+    found = [["train", model, *converted, "--output", place, "--steps", TABLE["steps"], *common]]
+    found += [evaluation(place, group, scenes) for group, scenes in groups().items()]
+    for scene in alone["scenes"] if name in alone["rows"] else []:
+        found += [
+            ["train", place, "--scene", scene, "--output", f"{place}-{scene}", "--steps", alone["steps"], *common],
+            evaluation(f"{place}-{scene}", ONE_SCENE, [scene]),
+        ]
+    return [["nvs", *map(str, words)] for words in found]
 
 
-def scene_names() -> dict[str, list[str]]:
+def evaluation(place: str, group: str, scenes: list[str]) -> list[Any]:
+    """Return the words of the command that renders the held-out views of scenes."""
+    chosen = [word for scene in scenes for word in ("--scene", scene)]
+    return ["eval", place, "--output", f"{place}/{slug(group)}", "--sources", TABLE["sources"], *chosen, *LIMIT[group]]
+
+
+def slug(group: str) -> str:
+    """Return the folder of a group's pictures."""
+    return group.replace(" ", "-")
+
+
+def groups() -> dict[str, list[str]]:
     """Return the names of the shipped scenes: held out entirely, and trained on."""
     return {
-        "held-out scenes": [scene.name for scene in shipped_scenes("held_out")],
-        "held-out views": [scene.name for scene in shipped_scenes("train")],
+        NEW_SCENES: [scene.name for scene in shipped_scenes("held_out")],
+        TRAINED: [scene.name for scene in shipped_scenes("train")],
     }
 
 
@@ -101,35 +123,41 @@ def collect(runs: Path, model: str) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     trivial: dict[str, Any] = {}
     for name, row in TABLE["rows"].items():
-        file = runs / name / "views" / "results.json"
-        if not file.is_file():
+        records = {
+            group: [
+                record
+                for file in sorted(runs.glob(f"{name}{suffix}/{slug(group)}/results.json"))
+                for record in json.loads(file.read_text())["views"]
+            ]
+            for group, suffix in ((NEW_SCENES, ""), (TRAINED, ""), (ONE_SCENE, "-*"))
+        }
+        means = {group: summary(found) for group, found in records.items() if found}
+        if not means:
             continue
-        records = json.loads(file.read_text())["views"]
-        groups = {
-            group: summary([record for record in records if record["scene"] in names])
-            for group, names in scene_names().items()
-        }
-        shown = [shlex.join(["vitrify", *words]) for words in commands(runs, name, model).values()]
+        shown = [shlex.join(["vitrify", *words]) for words in commands(runs, name, model)]
         rows[name] = {"what": row["what"], "commands": shown}
-        rows[name] |= {group: found["model"] for group, found in groups.items()}
-        trivial = {name: {group: found[name] for group, found in groups.items()} for name in BASELINES}
+        rows[name] |= {group: found["model"] for group, found in means.items()}
         rows[name]["by_view"] = {
-            f"{record['scene']}/{record['view']}": round(record["psnr"], 3)
-            for record in records
-            if record["renderer"] == "model"
+            group: {
+                f"{record['scene']}/{record['view']}": round(record["psnr"], 3)
+                for record in found
+                if record["renderer"] == "model"
+            }
+            for group, found in records.items()
+            if found
         }
+        for baseline in BASELINES:
+            trivial[baseline] = {**trivial.get(baseline, {}), **{group: means[group][baseline] for group in means}}
     for row in rows.values():
         row["difference"] = difference(row["by_view"], rows.get("softmax", {}).get("by_view", {}))
     return {"machine": dataclasses.asdict(describe()), "trivial": trivial, "rows": rows}
 
 
-def difference(psnr: dict[str, float], baseline: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Return, for both groups of scenes, the mean paired difference in dB over views, and its standard error."""
+def difference(psnr: Views, baseline: Views) -> dict[str, dict[str, float]]:
+    """Return, for each group, the mean paired difference in dB over views, and its standard error."""
     found = {}
-    for group, names in scene_names().items():
-        gaps = [
-            value - baseline[view] for view, value in psnr.items() if view.split("/")[0] in names and view in baseline
-        ]
+    for group, views in psnr.items():
+        gaps = [value - baseline[group][view] for view, value in views.items() if view in baseline.get(group, {})]
         if gaps:
             error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
             found[group] = {"db": statistics.mean(gaps), "standard_error": error, "views": len(gaps)}
@@ -137,19 +165,16 @@ def difference(psnr: dict[str, float], baseline: dict[str, float]) -> dict[str, 
 
 
 def render(results: dict[str, Any]) -> str:
-    """Return the table as Markdown."""
-    groups = list(scene_names())
-    head = "".join(f" {group}: PSNR, dB | SSIM | to softmax, dB |" for group in groups)
-    lines = [f"| row |{head}", "|---|" + "---|" * (3 * len(groups))]
-    shown = [*((name, row) for name, row in results["trivial"].items())]
-    shown += [(row["what"], row) for row in results["rows"].values()]
-    for title, row in shown:
-        cells = []
-        for group in groups:
-            found, gap = row[group], row.get("difference", {}).get(group)
-            against = "" if gap is None else f"{gap['db']:+.2f} ± {gap['standard_error']:.2f}"
-            cells += [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", against]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    """Return a table for each group as Markdown."""
+    lines = []
+    for group, title in TITLES.items():
+        lines += [f"\n{title}:\n", "| row | PSNR, dB | SSIM | to softmax, dB |", "|---|---|---|---|"]
+        shown = [*results["trivial"].items(), *((row["what"], row) for row in results["rows"].values())]
+        for what, row in shown:
+            if group in row:
+                gap = row.get("difference", {}).get(group)
+                against = "" if gap is None else f"{gap['db']:+.2f} ± {gap['standard_error']:.2f}"
+                lines.append(f"| {what} | {row[group]['psnr']:.2f} | {row[group]['ssim']:.3f} | {against} |")
     return "\n".join(lines)
 
 
