@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -23,7 +25,8 @@ CASE = {
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 12), (0.4, 20), (1.0, 50)])
 def test_every_contender_passes_at_every_split(share, count, dtype):
     prepared = prepare({**CASE, "multiply": share, "dtype": dtype})
-    assert [c.name for c in prepared.contenders] == ["multiply", "mixture", "both and select", "two matmuls"]
+    names = ["multiply", "mixture", "both and select", "two matmuls", "mixture int8"]
+    assert [c.name for c in prepared.contenders] == names
     inputs = prepared.inputs(3)
     assert (inputs.index == 0).sum() == count
     for contender in prepared.contenders:
@@ -42,13 +45,14 @@ def test_inputs_are_random_and_seeded():
 def test_a_mixture_that_sends_tokens_elsewhere_is_refused(monkeypatch):
     monkeypatch.setattr("vitrify.nn.mixture.dispatch", lambda x, index, experts: experts[0](x))
     checks = {c.name: c.check(prepare(CASE).inputs(0)) for c in prepare(CASE).contenders}
-    assert [name for name, check in checks.items() if not check.passed] == ["mixture"]
+    assert [name for name, check in checks.items() if not check.passed] == ["mixture", "mixture int8"]
 
 
 def test_costs():
     assert cost("multiply", CASE).flops == 2 * 50 * 24 * 40
     assert cost("both and select", CASE).flops == 2 * (2 * 50 * 24 * 40 + 2 * 50 * 24)
     assert cost("mixture compiled", CASE) == cost("two matmuls", CASE)
+    assert cost("mixture int8", CASE) == dataclasses.replace(cost("mixture", CASE), narrow={"int8": 2 * 30 * 24 * 40})
     activations, weight = 50 * 64 * 4, 24 * 40
     found = [cost("mixture", {**CASE, "multiply": share}).bytes_moved - activations for share in (0, 0.4, 1)]
     assert found == [weight // 2, weight * 4 + weight // 2, weight * 4]

@@ -26,8 +26,9 @@ def test_the_spec_checks_and_prints_them():
     assert str(LinearSpec("shift", activations="float8")) == "shift, 4 bits ps, activations float8"
     with pytest.raises(InputError, match=r"unknown linear.activations 'int4'.*Known: float, float8, int8"):
         LinearSpec("shift", activations="int4")
-    with pytest.raises(InputError, match=r"mlp\.activations 'int8' belongs to mlp\.primitive 'shift', not 'mixture'"):
-        Recipe(mlp={"primitive": "mixture", "activations": "int8"})
+    assert str(LinearSpec("mixture", activations="int8")) == "mixture, 4 bits ps, activations int8, balance 0.01 (hard)"
+    with pytest.raises(InputError, match=r"mlp\.activations 'int8' belongs to .* 'shift' or 'mixture', not 'integer'"):
+        Recipe(mlp={"primitive": "integer", "activations": "int8"})
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -57,6 +58,26 @@ def test_conversion_gives_them_to_layers_and_takes_them_back():
     assert not shift_layers(model)
     assert all("activations" not in vars(module) for module in model.modules())
     assert torch.equal(model(IMAGES), plain)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_shifting_experts_of_a_mixture_take_them(tmp_path, packed):
+    model = create_model("vit_mini_patch2_28", depth=1).eval()
+    spec = {**INT8, "primitive": "mixture"}
+    convert_(model, Recipe("mine", projections=spec, mlp=spec))
+    if packed:
+        pack_(model)
+    assert {layer.activations for layer in shift_layers(model).values()} == {"int8"}
+    tokens = torch.randn(9, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for mixture in (model.blocks[0].attn.proj, model.blocks[0].mlp):
+            for number, expert in enumerate(mixture.experts().values()):
+                mixture.router.bias.copy_(torch.tensor([9.0, -9.0] if number == 0 else [-9.0, 9.0]))
+                assert torch.equal(mixture(tokens), expert(tokens))
+            mixture.router.bias.zero_()
+        save(model, tmp_path / "a")
+        assert torch.equal(load(tmp_path / "a")(images), model(images))
 
 
 def test_a_convolution_is_refused_them():

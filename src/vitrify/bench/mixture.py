@@ -2,6 +2,7 @@
 
     multiply            the linear layer before conversion, on all tokens: what the mixture has to beat
     mixture             `MixtureLinear` as deployed: packed, in eval mode, router included
+    mixture int8        the same, whose shifting expert rounds its tokens to INT8 and adds shifted integers; on CPUs
     both and select     both experts on all tokens, then each token's own row: no gather, twice the products
     two matmuls         one gather, product and scatter per expert, by their indices: on a GPU each count is waited for
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrify.bench.attention import DTYPES, MAX_ROTATION, ROTATION_BYTES
-from vitrify.bench.reference import sample_rows
+from vitrify.bench.reference import ROUNDED_TOLERANCE, rounded_tokens, sample_rows
 from vitrify.bench.registry import Case, Check, Contender, Prepared
 from vitrify.bench.roofline import Cost
 from vitrify.errors import InputError
@@ -28,7 +28,8 @@ from vitrify.nn import MixtureLinear, ShiftLinear
 from vitrify.ops.experts import dense, route
 
 BITS, VARIANT = 4, "ps"
-MULTIPLY, MIXTURE, DENSE, TWO = "multiply", "mixture", "both and select", "two matmuls"
+MULTIPLY, MIXTURE, INT8 = "multiply", "mixture", "mixture int8"
+DENSE, TWO = "both and select", "two matmuls"
 Run = Callable[[Tensor], Tensor]
 
 SPLITS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -72,7 +73,7 @@ def prepare(case: Case) -> Prepared:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {case['dtype']!r}")
     dtype, device = DTYPES[case["dtype"]], torch.device(case["device"])
     count, width = int(case["rows"]), int(case["inputs"])
-    linear, mixture = _layers(width, int(case["outputs"]), dtype, device)
+    linear, mixture, narrow = _layers(width, int(case["outputs"]), dtype, device)
     router = [parameter.float() for parameter in (mixture.router.weight, mixture.router.bias)]
 
     def inputs(seed: int) -> Inputs:
@@ -86,10 +87,14 @@ def prepare(case: Case) -> Prepared:
         return Inputs((x + missing[:, None] * slope / slope.square().sum()).to(dtype), index)
 
     ways: dict[str, Run] = {MULTIPLY: linear, MIXTURE: mixture, DENSE: _dense(mixture), TWO: _two(mixture)}
+    if device.type == "cpu":
+        ways[INT8] = narrow
     if case["compile"]:
         for name in (MULTIPLY, MIXTURE, DENSE):
             ways[f"{name} compiled"] = torch.compile(ways[name], fullgraph=True, dynamic=False)
-    contenders = [_contender(name, run, linear, mixture, case) for name, run in ways.items()]
+    contenders = [
+        _contender(name, run, linear, narrow if name == INT8 else mixture, case) for name, run in ways.items()
+    ]
     moved = count * (width + int(case["outputs"])) * dtype.itemsize
     return Prepared(
         inputs=inputs,
@@ -111,31 +116,40 @@ def cost(name: str, case: Case) -> Cost:
     kind = name.removesuffix(" compiled")
     both = kind == DENSE
     layers = tokens * width * outputs * (2 if both else 1)
+    integers = 2 * (tokens - round(case["multiply"] * tokens)) * width * outputs if kind == INT8 else 0
     router = 0 if kind == MULTIPLY else 2 * tokens * width
     weights = 0
     if kind == MULTIPLY or both or case["multiply"] > 0:
         weights += width * outputs * itemsize
     if kind != MULTIPLY and (both or case["multiply"] < 1):
         weights += width * outputs * BITS // 8
-    return Cost(flops=2 * (layers + router), bytes_moved=tokens * (width + outputs) * itemsize + weights)
+    moved = tokens * (width + outputs) * itemsize + weights
+    return Cost(2 * (layers + router), moved, {"int8": integers} if integers else {})
 
 
-def _layers(width: int, outputs: int, dtype: torch.dtype, device: torch.device) -> tuple[nn.Linear, MixtureLinear]:
-    """Return a linear layer with random weights, and the packed mixture made from its copy."""
+def _layers(
+    width: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Linear, MixtureLinear, MixtureLinear]:
+    """Return a linear layer with random weights, and two packed mixtures made from it: with float and INT8 shifts."""
     generator = torch.Generator().manual_seed(0)
-    both = []
     values = [torch.randn(*size, generator=generator) / width**0.5 for size in ((outputs, width), (outputs,))]
-    for _ in range(2):
-        linear = nn.Linear(width, outputs)
+    layers = []
+    for _ in range(3):
+        layer = nn.Linear(width, outputs)
         with torch.no_grad():
-            for parameter, value in zip(linear.parameters(), values, strict=True):
+            for parameter, value in zip(layer.parameters(), values, strict=True):
                 parameter.copy_(value)
-        both.append(linear)
-    mixture = MixtureLinear.adopt_(both[1], bits=BITS, variant=VARIANT)
-    for layer in both:
+        layers.append(layer)
+    linear, *others = layers
+    mixtures = [
+        MixtureLinear.adopt_(other, bits=BITS, variant=VARIANT, activations=activations)
+        for other, activations in zip(others, ("float", "int8"), strict=True)
+    ]
+    for layer in layers:
         layer.eval().requires_grad_(False).to(device, dtype)
-    mixture.pack_()
-    return both[0], mixture
+    for mixture in mixtures:
+        mixture.pack_()
+    return linear, mixtures[0], mixtures[1]
 
 
 def _dense(mixture: MixtureLinear) -> Run:
@@ -181,17 +195,20 @@ def check_rows(output: Tensor, inputs: Inputs, linear: nn.Linear, mixture: Mixtu
     """
     rows = sample_rows(len(output), output.device)
     x, index = inputs.tokens[rows], inputs.index[rows]
-    second = linear.weight if mixture is None else cast("ShiftLinear", mixture.shift).decoded_weight()
+    shift = None if mixture is None else cast("ShiftLinear", mixture.shift)
+    rounding = "float" if shift is None else shift.activations
+    second = linear.weight if shift is None else shift.decoded_weight()
 
-    def evaluate(dtype: torch.dtype) -> Tensor:
+    def evaluate(dtype: torch.dtype, rounding: str) -> Tensor:
         bias = linear.bias.to(dtype)
-        experts = [partial(F.linear, weight=weight.to(dtype), bias=bias) for weight in (linear.weight, second)]
-        return dense(x.to(dtype), index, experts).double()
+        first = F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        other = F.linear(rounded_tokens(x, rounding).to(dtype), second.to(dtype), bias)
+        return torch.where(index[:, None] == 0, first, other).double()
 
-    exact = evaluate(torch.float64)
+    exact = evaluate(torch.float64, rounding)
     largest = exact.abs().max().item()
-    lost = (evaluate(x.dtype) - exact).abs().max().item()
-    tolerance = 2 * lost / largest + 8 * torch.finfo(x.dtype).eps
+    lost = (evaluate(x.dtype, "float") - evaluate(torch.float64, "float")).abs().max().item()
+    tolerance = 2 * lost / largest + 8 * torch.finfo(x.dtype).eps + ROUNDED_TOLERANCE.get(rounding, 0)
     error = (output[rows].double() - exact).abs().max().item() / largest
     what = "the linear layer" if mixture is None else "each token's expert"
     return Check(

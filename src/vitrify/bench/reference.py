@@ -130,7 +130,7 @@ def check_linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | N
     """
     rows = sample_rows(len(input), input.device)
     picked, wide = input[rows], weight.double()
-    exact = F.linear(_rounded(picked, rounding).double(), wide, None if bias is None else bias.double())
+    exact = F.linear(rounded_tokens(picked, rounding).double(), wide, None if bias is None else bias.double())
     plain = F.linear(picked, weight.to(input.dtype), bias)
     unrounded = F.linear(picked.double(), weight.to(input.dtype).double(), None if bias is None else bias.double())
     largest = exact.abs().max().item()
@@ -140,7 +140,8 @@ def check_linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | N
     return Check(error, tolerance, f"float64 on {rounding} inputs, {len(rows)} of {len(input)} rows")
 
 
-def _rounded(x: Tensor, rounding: str) -> Tensor:
+def rounded_tokens(x: Tensor, rounding: str) -> Tensor:
+    """Return the tokens (T, C) as a layer that rounds them sees them: `rounding` as in `check_linear`."""
     if rounding == "float":
         return x
     largest = 127 if rounding == "int8" else 448

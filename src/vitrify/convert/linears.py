@@ -99,13 +99,13 @@ def convert_linear(site: LinearSite) -> str:
     for child in module.modules():
         restore_(child)
     detail = str(spec)
-    seed = zlib.crc32(site.name.encode())  # every router starts differently, and the same in each process
-    if spec.primitive == "mixture" and _is_mlp(module):
-        mixture_mlp_(module, bits=spec.bits, variant=spec.variant, seed=seed, balance=spec.balance, load=spec.load)
-    elif isinstance(module, nn.Linear) and spec.primitive == "mixture":
-        MixtureLinear.adopt_(
-            module, bits=spec.bits, variant=spec.variant, seed=seed, balance=spec.balance, load=spec.load
-        )
+    if spec.primitive == "mixture":
+        # Every router starts differently, and the same in each process.
+        settings = {**spec.of_mixture(), "seed": zlib.crc32(site.name.encode())}
+        if _is_mlp(module):
+            mixture_mlp_(module, **settings)
+        elif isinstance(module, nn.Linear):
+            MixtureLinear.adopt_(module, **settings)
     elif spec.primitive == "shift":
         shift: ShiftConv2d | ShiftLinear
         if isinstance(module, nn.Conv2d):

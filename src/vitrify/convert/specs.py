@@ -117,8 +117,9 @@ class LinearSpec:
                 alternative to compare with)
     bits        width of the weights: 3 to 6 for shift and mixture, 4 or 8 for integer
     variant     DeepShift's "ps" (one code means zero) or "q" (one more exponent instead)
-    activations what a shift layer rounds its input to, token by token, in training too: "float" (nothing), "int8" (sums
-                of integers, fast on CPUs) or "float8" (E4M3, fast on GPUs that multiply it)
+    activations what a shift layer, or a mixture's shifting expert, rounds its input to, token by token, in training
+                too: "float" (nothing), "int8" (sums of integers, fast on CPUs) or "float8" (E4M3, fast on GPUs that
+                multiply it)
     balance     weight of the mixture's latency-aware loss; 0 for none
     load        how the loss counts a token: "hard", to the expert that gets it, or "smooth", as published
     """
@@ -140,10 +141,15 @@ class LinearSpec:
             raise InputError(f"linear.bits must be {listed} for {self.primitive!r}, not {self.bits!r}")
         if not isinstance(self.balance, (int, float)) or isinstance(self.balance, bool) or not self.balance >= 0:
             raise InputError(f"linear.balance must be a number of at least 0, not {self.balance!r}")
-        if self.activations != "float" and self.primitive != "shift":
+        if self.activations != "float" and self.primitive not in ("shift", "mixture"):
             raise InputError(
-                f"linear.activations {self.activations!r} belongs to linear.primitive 'shift', not {self.primitive!r}"
+                f"linear.activations {self.activations!r} belongs to linear.primitive 'shift' or 'mixture', "
+                f"not {self.primitive!r}"
             )
+
+    def of_mixture(self) -> dict[str, Any]:
+        """Return what `MixtureLinear.adopt_` and `mixture_mlp_` are called with."""
+        return {name: getattr(self, name) for name in ("bits", "variant", "activations", "balance", "load")}
 
     def __str__(self) -> str:
         if self.primitive == "multiply":

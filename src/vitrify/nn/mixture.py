@@ -22,10 +22,10 @@ from vitrify.ops.tracing import exporting
 
 MULTIPLY = "multiply"
 
-# What turns the linear layers of an expert, a copy of the source, into its primitive: (linear, bits, variant).
-EXPERTS: dict[str, Callable[[nn.Linear, int, str], object]] = {
-    "shift": lambda linear, bits, variant: ShiftLinear.adopt_(linear, bits=bits, variant=variant),
-    "int8": lambda linear, bits, variant: IntLinear.adopt_(linear, 8),
+# Turn the linear layers of an expert, a copy of the source, into its primitive: (linear, bits, variant, activations).
+EXPERTS: dict[str, Callable[[nn.Linear, int, str, str], object]] = {
+    "shift": ShiftLinear.adopt_,
+    "int8": lambda linear, *_: IntLinear.adopt_(linear, 8),
 }
 
 ROUTER_STD = 0.02
@@ -159,6 +159,7 @@ class MixtureLinear(Mixture, nn.Linear):
         *,
         bits: int = 4,
         variant: str = "ps",
+        activations: str = "float",
         seed: int = 0,
         alpha: Sequence[float] = (6.0, 4.0),
         balance: float = 0.01,
@@ -166,13 +167,14 @@ class MixtureLinear(Mixture, nn.Linear):
     ) -> MixtureLinear:
         """Turn `linear` into a mixture in place, with its own weight as the multiplying expert; return it.
 
-        experts: "multiply" first, then names of `EXPERTS`. bits, variant: of the shift expert. seed: of the router's
-        weights. alpha: the paper's 6 : 4 until `measure_latencies_` has measured. balance, load: see Mixture.
+        experts: "multiply" first, then names of `EXPERTS`. bits, variant, activations: of the shift expert. seed: of
+        the router's weights. alpha: the paper's 6 : 4 until `measure_latencies_` has measured. balance, load: see
+        Mixture.
         Raises InputError (names, numbers) and UnsupportedError (a subclass of nn.Linear).
         """
         if type(linear) is not nn.Linear:
             raise UnsupportedError(f"{type(linear).__name__} is not a plain nn.Linear: its own forward would be lost")
-        _add_experts_(linear, cls, experts, bits, variant, seed, alpha, balance, load)
+        _add_experts_(linear, cls, experts, bits, variant, activations, seed, alpha, balance, load)
         return cast("MixtureLinear", linear)
 
 
@@ -193,6 +195,7 @@ def mixture_mlp_(
     *,
     bits: int = 4,
     variant: str = "ps",
+    activations: str = "float",
     seed: int = 0,
     alpha: Sequence[float] = (6.0, 4.0),
     balance: float = 0.01,
@@ -214,7 +217,7 @@ def mixture_mlp_(
     for name, child in module.named_modules():
         if isinstance(child, (nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd)):
             raise UnsupportedError(f"{name} ({type(child).__name__}) mixes tokens: use MixtureLinear on its linears")
-    _add_experts_(module, _mixture_class(type(module)), experts, bits, variant, seed, alpha, balance, load)
+    _add_experts_(module, _mixture_class(type(module)), experts, bits, variant, activations, seed, alpha, balance, load)
     return cast("MixtureMlp", module)
 
 
@@ -239,6 +242,7 @@ def _add_experts_(
     names: Sequence[str],
     bits: int,
     variant: str,
+    activations: str,
     seed: int,
     alpha: Sequence[float],
     balance: float,
@@ -247,7 +251,7 @@ def _add_experts_(
     _check(module, names, balance, load)
     check_alpha(alpha, len(names))
     # The whole of what may fail comes before the module is touched.
-    added = {name: _expert(module, name, bits, variant) for name in names[1:]}
+    added = {name: _expert(module, name, bits, variant, activations) for name in names[1:]}
     added["router"] = _router(
         next(layer for layer in module.modules() if isinstance(layer, nn.Linear)), len(names), seed
     )
@@ -262,10 +266,10 @@ def _add_experts_(
     mixture.set_alpha(alpha)
 
 
-def _expert(module: nn.Module, name: str, bits: int, variant: str) -> nn.Module:
+def _expert(module: nn.Module, name: str, bits: int, variant: str, activations: str) -> nn.Module:
     expert = copy_without_hooks(module)
     for layer in [child for child in expert.modules() if isinstance(child, nn.Linear)]:
-        EXPERTS[name](layer, bits, variant)
+        EXPERTS[name](layer, bits, variant, activations)
     return expert
 
 
