@@ -21,7 +21,8 @@ from vitrify.ops import hamming_attention
 from vitrify.ops.hamming import pack_bits
 
 SHAPES = ((1, 1, 3136, 32, 16), (1, 2, 784, 32, 16), (1, 5, 196, 32, 16))
-"""(batch, heads, tokens, value_dim, code_dim) of the ShiftAddViT kernel benchmark: PVTv2-B0's first three stages."""
+SIZES = ("batch_size", "heads", "tokens", "value_dim", "code_dim")
+"""What a case names. SHAPES are those of the ShiftAddViT kernel benchmark: PVTv2-B0's first three stages."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,12 @@ def prepare(case: Case) -> Prepared:
     Raises:
         InputError: a size below 1, or a dtype other than float32, bfloat16 and float16.
     """
-    names = ("batch_size", "heads", "tokens", "value_dim", "code_dim")
-    for field in names:
+    for field in SIZES:
         if case[field] < 1:
             raise InputError(f"{field} must be at least 1, not {case[field]}")
     if case["dtype"] not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {case['dtype']!r}")
-    batch, heads, tokens, value_dim, code_dim = (int(case[name]) for name in names)
+    batch, heads, tokens, value_dim, code_dim = (int(case[name]) for name in SIZES)
     dtype, device = DTYPES[case["dtype"]], torch.device(case["device"])
 
     def inputs(seed: int) -> Inputs:
@@ -57,19 +57,8 @@ def prepare(case: Case) -> Prepared:
         query, key = ((code > 0).to(dtype) for code in (query, key))
         return Inputs(query, key, pack_bits(query), pack_bits(key), value.contiguous())
 
-    sums = 2 * 2 * batch * heads * tokens * code_dim * value_dim
-    softmax = 2 * batch * heads * tokens**2 * (code_dim + value_dim)
-    values = 2 * tokens * value_dim * dtype.itemsize
-    as_numbers, as_bits = 2 * tokens * code_dim * dtype.itemsize, 2 * tokens * -(-code_dim // 8)
-    costs = {
-        "matmul": Cost(sums, batch * heads * (values + as_numbers)),
-        "masked sums": Cost(sums, batch * heads * (values + as_numbers)),
-        "hamming": Cost(sums, batch * heads * (values + as_numbers)),
-        "hamming bits": Cost(sums, batch * heads * (values + as_bits)),
-        "SDPA": Cost(softmax, batch * heads * (values + as_numbers)),
-    }
     contenders = []
-    for name, cost in costs.items():
+    for name, cost in costs(case).items():
         contenders.append(_contender(name, _without_grad(RUNS[name]), cost))
         if case["compile"]:
             compiled = torch.compile(RUNS[name], fullgraph=True, dynamic=False)
@@ -100,6 +89,27 @@ RUNS: dict[str, Run] = {
     # What the codes replace: as many channels, as numbers.
     "SDPA": lambda x: F.scaled_dot_product_attention(x.query, x.key, x.value),
 }
+
+
+def costs(case: Case) -> dict[str, Cost]:
+    """Return, by contender, the sums (each counted as the multiply-add it replaces) and the least bytes.
+
+    Codes, as numbers of the case's dtype or as bits, values and results move once.
+    """
+    batch, heads, tokens, value_dim, code_dim = (int(case[name]) for name in SIZES)
+    itemsize = DTYPES[case["dtype"]].itemsize
+    sums = 2 * 2 * batch * heads * tokens * code_dim * value_dim
+    softmax = 2 * batch * heads * tokens**2 * (code_dim + value_dim)
+    values = batch * heads * 2 * tokens * value_dim * itemsize
+    as_numbers = values + batch * heads * 2 * tokens * code_dim * itemsize
+    as_bits = values + batch * heads * 2 * tokens * -(-code_dim // 8)
+    return {
+        "matmul": Cost(sums, as_numbers),
+        "masked sums": Cost(sums, as_numbers),
+        "hamming": Cost(sums, as_numbers),
+        "hamming bits": Cost(sums, as_bits),
+        "SDPA": Cost(softmax, as_numbers),
+    }
 
 
 def _contender(name: str, run: Run, cost: Cost) -> Contender:

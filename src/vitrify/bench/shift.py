@@ -55,17 +55,14 @@ def prepare(case: Case) -> Prepared:
         own = torch.Generator(device).manual_seed(seed)
         return torch.randn(rows, width, generator=own, device=device).to(dtype)
 
-    operations = 2 * rows * width * out
-    activations = (rows * (width + out) + out) * dtype.itemsize
     contenders = []
     not_run = {r.name: why for r in RIVALS if (why := r.objection(rows, width, out, dtype, device)) is not None}
     for name, run, weight, rounding, bits in _layers(latent, bias, not_run):
-        narrow = {"int8": "int8", "float8": "float8_e4m3fn"}.get(rounding)
-        cost = Cost(operations, activations + int(bits / 8 * width * out), {narrow: operations} if narrow else {})
-        contenders.append(_contender(name, run, weight, bias, rounding, cost))
+        least = cost(rounding, bits, case)
+        contenders.append(_contender(name, run, weight, bias, rounding, least))
         if case["compile"]:
             compiled = torch.compile(run, fullgraph=True, dynamic=False)
-            contenders.append(_contender(f"{name} compiled", compiled, weight, bias, rounding, cost))
+            contenders.append(_contender(f"{name} compiled", compiled, weight, bias, rounding, least))
     return Prepared(
         inputs=inputs,
         contenders=contenders,
@@ -75,6 +72,18 @@ def prepare(case: Case) -> Prepared:
         rotation=min(max(ROTATION_BYTES // (rows * width * dtype.itemsize), 2), MAX_ROTATION),
         not_run=not_run,
     )
+
+
+def cost(rounding: str, bits: float, case: Case) -> Cost:
+    """Return the products (a multiply-add is two operations), in INT8 or E4M3 where inputs are rounded to it.
+
+    Inputs, bias and results move once in the case's dtype, and weights of `bits` bits.
+    """
+    rows, width, out = (int(case[name]) for name in ("rows", "inputs", "outputs"))
+    operations = 2 * rows * width * out
+    moved = (rows * (width + out) + out) * DTYPES[case["dtype"]].itemsize + int(bits / 8 * width * out)
+    narrow = {"int8": "int8", "float8": "float8_e4m3fn"}.get(rounding)
+    return Cost(operations, moved, {narrow: operations} if narrow else {})
 
 
 def _layers(latent: Tensor, bias: Tensor, not_run: dict[str, str]) -> Iterator[tuple[str, Linear, Tensor, str, float]]:

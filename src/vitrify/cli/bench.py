@@ -116,12 +116,11 @@ def hamming(
     output: OutputOption = None,
 ) -> None:
     """Time attention among binary codes: the op against matrix products of the codes, masked sums, and SDPA."""
-    from vitrify.bench.hamming import SHAPES
+    from vitrify.bench.hamming import SHAPES, SIZES
 
-    names = ("batch_size", "heads", "tokens", "value_dim", "code_dim")
     fixed = {"dtype": dtype, "compile": compile, "device": str(options.pick_device(device))}
     chosen = _shapes("--shapes", shapes, 5) if shapes else SHAPES
-    cases = [{**dict(zip(names, shape, strict=True)), **fixed} for shape in chosen]
+    cases = [{**dict(zip(SIZES, shape, strict=True)), **fixed} for shape in chosen]
     _run("hamming", cases, seconds=seconds, seed=seed, output=output)
 
 
