@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="the interpreter compiles nothing")
+
+import triton  # noqa: E402
+from triton._C.libtriton import ir  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.compiler.code_generator import CodeGenerator  # noqa: E402
 
 from vitrify.ops.ahead_of_time import GRID_LIMIT, SHARED_LIMIT, SMALL_SHARED, compiled  # noqa: E402
 from vitrify.ops.kernel_cases import PRIMITIVES  # noqa: E402
@@ -43,3 +50,35 @@ def test_budget(case, arch):
 @pytest.mark.parametrize("primitive", PRIMITIVES)
 def test_every_primitive_has_a_quick_case(primitive):
     assert any(case.quick for case in PRIMITIVES[primitive]())
+
+
+class FrontEndDoneError(Exception):
+    """The front end is done; the rest of a compilation takes seconds."""
+
+
+def front_end(source, target, options):
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(options)
+    source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    raise FrontEndDoneError
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_no_function_returns_none(primitive, monkeypatch):
+    """Triton 3.6, which comes with torch 2.11, does not compile one that does."""
+    visit_return = CodeGenerator.visit_Return
+
+    def checked(self, node):
+        if isinstance(node.value, ast.Name):  # reading a name makes no code
+            value = self.visit(node.value)
+            assert getattr(value, "value", value) is not None, f"returns {node.value.id}, which is None"
+        return visit_return(self, node)
+
+    monkeypatch.setattr(CodeGenerator, "visit_Return", checked)
+    monkeypatch.setattr(triton, "compile", front_end)
+    for case in PRIMITIVES[primitive]():
+        for launch in case.launches() if case.quick else ():
+            with pytest.raises(FrontEndDoneError):
+                compiled(launch, 90)

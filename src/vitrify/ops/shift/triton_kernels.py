@@ -158,24 +158,23 @@ def decode_kernel(
 
 
 @triton.jit
-def finished(sums, exponent, scale, bias, SHIFT: tl.constexpr, POWERS: tl.constexpr):
-    """Return sums 2^(E + SHIFT) scale + bias in float32, rounded in that order. E and bias are rows, scale a column."""
+def finished(
+    sums, exponent, scales, bias, tokens, token_exists, channels, channel_exists,
+    SHIFT: tl.constexpr, POWERS: tl.constexpr,
+):  # fmt: skip
+    """Return sums (tokens, channels) times 2^(E + SHIFT) and scales, plus bias, in float32, rounded in that order.
+
+    exponent: int8 and bias: by channel; scales: by token. `scales` and `bias` may be None.
+    """
     result = sums.to(tl.float32)
     if POWERS:
-        result *= power_of(exponent.to(tl.int32) + SHIFT)[None, :]
-    if scale is not None:
-        result *= scale[:, None]
+        power = tl.load(exponent + channels, mask=channel_exists, other=0).to(tl.int32)
+        result *= power_of(power + SHIFT)[None, :]
+    if scales is not None:
+        result *= tl.load(scales + tokens, mask=token_exists, other=0.0)[:, None]
     if bias is not None:
-        result += bias.to(tl.float32)[None, :]
+        result += tl.load(bias + channels, mask=channel_exists, other=0.0).to(tl.float32)[None, :]
     return result
-
-
-@triton.jit
-def load_row(base, places, inside):
-    """Load numbers, 0 where outside; None stays None."""
-    if base is not None:
-        base = tl.load(base + places, mask=inside, other=0)
-    return base
 
 
 @triton.jit(do_not_specialize=("tokens", "steps"))
@@ -231,8 +230,7 @@ def multiply_kernel(
     if SPLIT:
         tl.store(pointers + tl.program_id(1).to(tl.int64) * tokens * channels, sums, mask=inside)
     else:
-        scale, offset = load_row(scales, places, place_exists), load_row(bias, rows, row_exists)
-        result = finished(sums, power, scale, offset, SHIFT, POWERS)
+        result = finished(sums, exponent, scales, bias, places, place_exists, rows, row_exists, SHIFT, POWERS)
         tl.store(pointers, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -250,6 +248,5 @@ def combine_kernel(
     for _ in range(chunks):
         sums += tl.load(pointers, mask=inside[None, :], other=0)
         pointers += tokens.to(tl.int64) * channels
-    scale, offset = load_row(scales, token, token >= 0), load_row(bias, places, inside)
-    result = finished(sums, load_row(exponent, places, inside), scale, offset, SHIFT, POWERS)
+    result = finished(sums, exponent, scales, bias, token, token >= 0, places, inside, SHIFT, POWERS)
     tl.store(out + token[:, None] * channels + places[None, :], result.to(out.dtype.element_ty), mask=inside[None, :])

@@ -24,10 +24,11 @@ def head_of(base, strides, head, heads):
 
 @triton.jit
 def mask_of(keep, strides, head, heads, MASKED: tl.constexpr):
-    """Return the start of one image's mask; `keep`, None, if there is no mask."""
+    """Return the start of one image's mask; a number that nobody reads if there is none: Triton 3.6 returns no None."""
+    start = head
     if MASKED:
-        keep += (head // heads).to(tl.int64) * strides[0]
-    return keep
+        start = keep + (head // heads).to(tl.int64) * strides[0]
+    return start
 
 
 @triton.jit
