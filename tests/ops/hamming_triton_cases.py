@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from taylor_inputs import padding, scattered
+from taylor_inputs import moved, padding, scattered
 from torch import Tensor
 
 from vitrify.nn.hamming import Hamming
@@ -55,8 +55,8 @@ def stored(code: Tensor, how: str, dtype: torch.dtype, signed: bool) -> Tensor:
 
 def run(query, key, value, keep, code, out_dtype=torch.float32):
     """Return the result and C_k^T V, on the CPU."""
-    moved = [None if t is None else t.to(DEVICE) for t in (query, key, value, keep)]
-    return [t.cpu() for t in triton.forward(*moved, code, out_dtype)]
+    tensors = [None if t is None else moved(t, DEVICE) for t in (query, key, value, keep)]
+    return [t.cpu() for t in triton.forward(*tensors, code, out_dtype)]
 
 
 def check(query, key, value, keep, code, how, out_dtype=torch.float32):
@@ -146,9 +146,9 @@ def test_gradients_of_integers_are_exact(how, padded):
     keep = padding(2, 90)[:, 0, 0] if padded else None
     coded = [stored(t, how, value.dtype, code.signed) for t in (query, key)]
     grad = torch.randint(-2, 3, (2, 2, 70, 20), generator=torch.Generator().manual_seed(3)).half()
-    moved = [None if t is None else t.to(DEVICE) for t in (grad, *coded, value, keep)]
-    _, matrices = triton.forward(*moved[1:], code, torch.float16)
-    actual = [t.cpu() for t in triton.backward(*moved, matrices, code)]
+    tensors = [None if t is None else moved(t, DEVICE) for t in (grad, *coded, value, keep)]
+    _, matrices = triton.forward(*tensors[1:], code, torch.float16)
+    actual = [t.cpu() for t in triton.backward(*tensors, matrices, code)]
     wide = [t.double() if t.is_floating_point() else t for t in (*coded, value)]
     _, true_matrices = aten.forward(*wide, keep, code, torch.float64)
     truth = aten.backward(grad.double(), *wide, keep, true_matrices, code)
@@ -174,7 +174,7 @@ def test_threshold_bits(shape, limits, layout):
             "token_mean": view.mean(-1, keepdim=True),
             "zero": view.new_zeros(()),
         }[limits]
-        packed = triton.threshold_bits(view.to(DEVICE), threshold.to(DEVICE)).cpu()
+        packed = triton.threshold_bits(moved(view, DEVICE), moved(threshold, DEVICE)).cpu()
         assert packed.is_contiguous()
         assert torch.equal(packed, bits.threshold_bits(view, threshold))
 
@@ -224,9 +224,9 @@ def test_the_core_moves_bits_in_inference(form, codes, binariser, monkeypatch):
     core, tensors = core.to(DEVICE), [t.to(DEVICE) for t in (query, key, value)]
     plain = core(*tensors, mask, scale=0.2)
     with torch.no_grad(), torch.profiler.profile() as profile:
-        moved = core(*tensors, mask, scale=0.2)
+        by_bits = core(*tensors, mask, scale=0.2)
     assert "vitrify::threshold_bits" in {event.name for event in profile.events()}
-    torch.testing.assert_close(moved, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_bits, plain, rtol=1e-5, atol=1e-6)
     # Codes that carry gradients come through as numbers, to the kernels' backward.
     leaves = [t.clone().requires_grad_() for t in tensors]
     found = torch.autograd.grad(core(*leaves, mask, scale=0.2).square().sum(), leaves, allow_unused=True)

@@ -252,7 +252,7 @@ def test_any_strides(bits, activations):
     expected = run(base, codes, exponent, bias, bits, activations=activations)
     spread = torch.full((3, 9, 50), torch.nan)
     spread[:, 1:8, 5:45] = base
-    inputs = [spread[:, 1:8, 5:45], base.transpose(0, 2).contiguous().transpose(0, 2)]
+    inputs = [spread.to(DEVICE)[:, 1:8, 5:45], base.transpose(0, 2).contiguous().transpose(0, 2)]
     wide_codes, wide_rest = torch.full((24, 99), 255, dtype=torch.uint8), torch.full((24, 3), 99, dtype=torch.int8)
     wide_codes[:, 1 : 1 + codes.shape[1]], wide_rest[:, 1] = codes, exponent
     for input in inputs:

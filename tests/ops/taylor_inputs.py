@@ -42,6 +42,12 @@ def scattered(t: Tensor, seed: int, fill: float = torch.nan) -> Tensor:
     return view.copy_(t)
 
 
+def moved(t: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return `t` on a device with the strides that it has: `.to` closes gaps and writes expanded axes out."""
+    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    return whole.to(device, dtype).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def assert_as_good_as(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     """Assert that `actual` errs at most twice as much as `plain`, the same arithmetic in plain PyTorch, plus rounding.
 

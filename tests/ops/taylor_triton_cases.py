@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from taylor_inputs import packed, padding, qkv, scattered
+from taylor_inputs import moved, packed, padding, qkv, scattered
 
 from vitrify.errors import InputError, UnsupportedError
 from vitrify.ops import backends, taylor_attention
@@ -39,8 +39,8 @@ def shared(request, monkeypatch):
 
 def run(inputs, keep=None, scale=0.3, grad=None):
     """Return the results by name, on the CPU: out, M, kbar, vbar, and the gradients if there is `grad`."""
-    query, key, value = (t.to(DEVICE) for t in inputs)
-    keep = None if keep is None else keep.to(DEVICE)
+    query, key, value = (moved(t, DEVICE) for t in inputs)
+    keep = None if keep is None else moved(keep, DEVICE)
     out, state = triton.forward(query, key, value, keep, scale)
     results = {"out": out, **state._asdict()}
     if grad is not None:

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytest.register_assert_rewrite("hamming_triton_cases")
 
 from hamming_triton_cases import *  # noqa: E402, F403
-from taylor_inputs import packed, padding, qkv  # noqa: E402
+from taylor_inputs import moved, packed, padding, qkv  # noqa: E402
 
 from vitrify.nn.hamming import Hamming  # noqa: E402
 from vitrify.ops import hamming_attention  # noqa: E402
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def qkv_on_gpu(tokens, seed=0, dtype=torch.bfloat16):
-    return [t.to("cuda", dtype) for t in packed(*qkv(1, 3, tokens, tokens, 64, 64, seed=seed))]
+    return [moved(t, "cuda", dtype) for t in packed(*qkv(1, 3, tokens, tokens, 64, 64, seed=seed))]
 
 
 def variants(kernel):

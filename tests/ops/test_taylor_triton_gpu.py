@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.register_assert_rewrite("taylor_triton_cases")
 
-from taylor_inputs import packed, padding, qkv  # noqa: E402
+from taylor_inputs import moved, packed, padding, qkv  # noqa: E402
 from taylor_triton_cases import *  # noqa: E402, F403
 
 from vitrify.ops import selected_backend, taylor_attention  # noqa: E402
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def inputs(*shape, dtype=torch.bfloat16, seed=0):
-    return [t.to("cuda", dtype) for t in packed(*qkv(*shape, seed=seed))]
+    return [moved(t, "cuda", dtype) for t in packed(*qkv(*shape, seed=seed))]
 
 
 def variants(kernel):
