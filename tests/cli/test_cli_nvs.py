@@ -93,6 +93,15 @@ def test_fewer_views_than_sources(tmp_path, model, capsys):
     assert "4 source views instead of 8" in capsys.readouterr().err
 
 
+@needs_skimage
+def test_measuring_with_fewer_views_than_sources_and_pictures_too_small(tmp_path, model, capsys):
+    scene = write_scene(tmp_path / "line", count=4)
+    assert nvs("eval", model, "--scene", scene, "--output", tmp_path / "views") == 0
+    assert "3 source views instead of 8: scene 'line' has no more" in capsys.readouterr().err
+    assert nvs("eval", model, "--scene", scene, "--shrink", "3", "--output", tmp_path / "small") == 2
+    assert "at least 11 x 11 pixels, not 10 x 8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

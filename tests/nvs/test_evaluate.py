@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,21 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     assert [record["view"] for record in records] == ["0", "8"]
     assert evaluate("r", failing, SCENE, tmp_path, sources=2) == records
     assert len(calls) == 3
+
+
+def test_records_of_other_views_and_damaged_ones_are_not_taken(tmp_path):
+    evaluate("r", BASELINES["nearest view"], SCENE, tmp_path, sources=2)
+    # Another scene of the same name, as of another folder.
+    other = dataclasses.replace(make_scene(1, views=10, **SIZE), name=SCENE.name)
+    with pytest.raises(InputError, match=r"truth\.png is not view '0', but another of that name"):
+        evaluate("r", BASELINES["nearest view"], other, tmp_path, sources=2)
+    record = tmp_path / "ball0" / "8" / "r.json"
+    for content, message in (("{", "cannot read"), ("3", "cannot read"), ('{"scene": "ball0"}', "has no psnr")):
+        record.write_text(content)
+        with pytest.raises(InputError, match=message):
+            evaluate("r", BASELINES["nearest view"], SCENE, tmp_path, sources=2)
+    record.unlink()
+    assert len(evaluate("r", BASELINES["nearest view"], SCENE, tmp_path, sources=2)) == 2
 
 
 def test_a_model_has_depth_and_says_what_is_unseen(tmp_path):

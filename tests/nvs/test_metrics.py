@@ -31,6 +31,11 @@ def test_ssim_against_its_formula():
     assert metrics.ssim(picture(), picture(1)) < 0.2
 
 
+def test_pictures_too_small_for_ssims_window():
+    with pytest.raises(InputError, match="at least 11 x 11 pixels, not 13 x 10"):
+        metrics.ssim(torch.rand(3, 10, 13), torch.rand(3, 10, 13))
+
+
 def test_ssim_without_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     monkeypatch.delitem(sys.modules, "skimage.metrics", raising=False)

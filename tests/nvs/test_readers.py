@@ -1,4 +1,6 @@
 import json
+import math
+import warnings
 
 import folders
 import numpy as np
@@ -89,7 +91,12 @@ def test_focal_lengths_and_centre_of_instant_ngp(tmp_path):
     [
         ({"w": 2 * WIDTH}, f"w is 32, but .* is {WIDTH} x {HEIGHT}"),
         ({"fl_x": 30, "cx": WIDTH}, "principal point"),
-        ({"fl_x": "30"}, "fl_x must be a number, not '30'"),
+        ({"fl_x": "30"}, "fl_x must be a finite number, not '30'"),
+        ({"camera_angle_x": math.inf}, "camera_angle_x must be a finite number, not inf"),
+        ({"camera_angle_x": math.nan}, "camera_angle_x must be a finite number, not nan"),
+        ({"far": 10**400}, "far must be a finite number, not 1000"),
+        ({"frames": [{"file_path": ""}]}, "must name an image, not ''"),
+        ({"frames": [{"file_path": None}]}, "must name an image, not None"),
         ({"camera_angle_x": 0.0}, "positive focal lengths"),
         ({"frames": [{"transform_matrix": []}]}, "'frames' must be a list"),
         ({"frames": []}, "no views"),
@@ -107,6 +114,9 @@ def test_blender_files_that_are_wrong(tmp_path):
         load_blender(tmp_path)
     (tmp_path / "transforms.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*transforms\.json"):
+        load_blender(tmp_path)
+    (tmp_path / "transforms.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"cannot read .*transforms\.json: maximum recursion"):
         load_blender(tmp_path)
     (tmp_path / "transforms.json").write_text("[]")
     with pytest.raises(InputError, match="object with frames, not list"):
@@ -129,6 +139,7 @@ def change_pose(tmp_path, pose):
         (np.diag([1.1, 1.1, 1.1, 1]).tolist(), "not rigid"),
         (np.eye(3).tolist(), r"is \(3, 3\), not \(4, 4\)"),
         ([["x"] * 4] * 4, "4 x 4 numbers"),
+        ([[10**400] * 4] * 4, "4 x 4 numbers"),
         (None, r"not \(4, 4\)"),
     ],
 )
@@ -181,6 +192,10 @@ def test_llff_folders_that_are_wrong(tmp_path):
     np.save(tmp_path / "poses_bounds.npy", np.zeros((5, 15)))
     with pytest.raises(InputError, match=r"\(views, 17\), not \(5, 15\)"):
         load_llff(tmp_path)
+    for rows in (np.zeros((0, 17)), np.zeros(())):
+        np.save(tmp_path / "poses_bounds.npy", rows)
+        with pytest.raises(InputError, match=r"\(views, 17\), not "):
+            load_llff(tmp_path)
     np.save(tmp_path / "poses_bounds.npy", np.array([["a"] * 17]))
     with pytest.raises(InputError, match="an array of numbers"):
         load_llff(tmp_path)
@@ -199,6 +214,11 @@ def test_nan_in_llff(tmp_path):
     np.save(tmp_path / "poses_bounds.npy", np.where(np.arange(17) == 4, np.nan, rows))
     with pytest.raises(InputError, match="its pose is for 16 x nan"):
         load_llff(tmp_path)
+    np.save(tmp_path / "poses_bounds.npy", np.where(np.isin(np.arange(17), (4, 9)), 0, rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match="its pose is for 0 x 0"):
+            load_llff(tmp_path)
 
 
 # COLMAP

@@ -133,6 +133,11 @@ def test_files_that_are_none_are_refused(tmp_path):
         released.load(file)
     with pytest.raises(InputError, match=r"has no coarse\.embed"):
         released.load(saved(tmp_path, {"net_coarse": {}, "feature_net": {}}))
+    for net in (None, {"norm.weight": 1.0}, {3: torch.zeros(1)}):
+        with pytest.raises(InputError, match="its net_coarse is no dict of tensors"):
+            released.load(saved(tmp_path, {"net_coarse": net, "feature_net": {}}))
+    with pytest.raises(InputError, match="too few dimensions"):
+        released.load(saved(tmp_path, {"net_coarse": {"rgbfeat_fc.0.weight": torch.zeros(3)}, "feature_net": {}}))
 
 
 def test_a_missing_and_an_unknown_tensor_are_named(tmp_path):

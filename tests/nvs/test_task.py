@@ -197,6 +197,9 @@ def test_what_has_no_meaning_is_refused():
         RayDataset(scenes(), 16, 3, targets=[2, 40])
     with pytest.raises(InputError, match="has 3 views: none is left"):
         RayDataset(scenes(1, views=3), 16, 3, targets=[0, 1, 2])
+    for changes in ({"rays": 0}, {"sources": 0}, {"repeats": 0}):
+        with pytest.raises(InputError, match="must be at least 1, not 0"):
+            RayDataset(scenes(), **{"rays": 16, "sources": 3, **changes})
     with pytest.raises(InputError, match="nothing to render"):
         RayDataset(scenes(), 16, 3, targets=[])
     mixed = make_scene(0, **SIZE, views=3)

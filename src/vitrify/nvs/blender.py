@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load_blender(folder: Path) -> Scene:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold an object with frames, not {type(content).__name__}")
@@ -62,11 +63,14 @@ def _frames(file: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     frames = content.get("frames")
     if not isinstance(frames, list) or not all(isinstance(frame, dict) and "file_path" in frame for frame in frames):
         raise InputError(f"{file}: 'frames' must be a list of objects, each with file_path and transform_matrix")
+    for name in (frame["file_path"] for frame in frames):
+        if not isinstance(name, str) or not Path(name).name:
+            raise InputError(f"{file}: a file_path must name an image, not {name!r}")
     return frames
 
 
 def _view(file: Path, content: dict[str, Any], frame: dict[str, Any]) -> View:
-    name = str(frame["file_path"])
+    name = frame["file_path"]
     path = file.parent / name
     # NeRF leaves the ending out. What follows the last dot may be a part of the name: "frame_1.5".
     if not path.is_file() and path.with_name(path.name + ".png").is_file():
@@ -100,7 +104,7 @@ def _pose(file: Path, label: str, frame: dict[str, Any]) -> Tensor:
     """Turn OpenGL axes (x right, y up, z backward) into OpenCV's."""
     try:
         matrix = np.asarray(frame["transform_matrix"], dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{file}: view {label!r} needs a transform_matrix of 4 x 4 numbers") from error
     if matrix.shape != (4, 4):
         raise InputError(f"{file}: the transform_matrix of view {label!r} is {matrix.shape}, not (4, 4)")
@@ -108,7 +112,10 @@ def _pose(file: Path, label: str, frame: dict[str, Any]) -> Tensor:
 
 
 def _number(file: Path, values: dict[str, Any], key: str, default: float) -> float:
-    value: object = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{file}: {key} must be a number, not {value!r}")
+    if key not in values:
+        return default
+    value: object = values[key]
+    # JSON's integers have any length, and Python reads its Infinity and NaN.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{file}: {key} must be a finite number, not {repr(value)[:40]}")
     return float(value)

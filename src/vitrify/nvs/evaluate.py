@@ -26,6 +26,7 @@ Renderer = Callable[[Scene, View, Sequence[int]], "Rendering | Tensor"]
 Record = dict[str, Any]
 BASELINES: dict[str, Renderer] = {"nearest view": nearest_source, "mean on a plane": mean_on_a_plane}
 SETTINGS = "settings.json"
+_ROUNDING = 2 / 255  # more than a PNG's 8 bits lose
 
 
 def renderer(model: GNT, *, chunk: int = 1024, progress: Progress | None = None) -> Renderer:
@@ -85,7 +86,8 @@ def evaluate(
         "unseen", the share of pixels that no source view sees, where the renderer knows.
 
     Raises:
-        InputError: a target that is not held out, no view left to render from.
+        InputError: a target that is not held out, no view left to render from, a record that is damaged or of another
+            picture.
     """
     hidden = held_out_views(scene)
     targets = hidden if views is None else list(views)
@@ -96,7 +98,7 @@ def evaluate(
         target = scene.views[index]
         file = picture_file(folder, scene.name, target.name, name).with_suffix(".json")
         if file.is_file():
-            records.append(json.loads(file.read_text()))
+            records.append(_stored(file, target))
             continue
         chosen = nearest_views(scene, target.camera_to_world, sources, exclude=hidden)
         started = time.perf_counter()
@@ -115,6 +117,22 @@ def evaluate(
         records.append(record)
         say(record)
     return records
+
+
+def _stored(file: Path, target: View) -> Record:
+    """Return the record in `file`. Raises InputError where it is not one of this view."""
+    try:
+        record = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {file}: {error}; without it, the view is rendered again") from error
+    if missing := sorted({"scene", "view", "renderer", "psnr", "ssim", "seconds"} - record.keys()):
+        raise InputError(f"{file} has no {missing[0]}; without it, the view is rendered again")
+    truth = file.with_name("truth.png")
+    if truth.is_file():
+        stored, shown = pictures.read_png(truth), target.rgb()
+        if stored.shape != shown.shape or (stored - shown).abs().max() > _ROUNDING:
+            raise InputError(f"{truth} is not view {target.name!r}, but another of that name: choose another folder")
+    return record
 
 
 def picture_file(folder: Path, scene: str, view: str, renderer: str, kind: str = "") -> Path:

@@ -49,7 +49,7 @@ def _rows(file: Path) -> NDArray[np.float64]:
         rows = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"cannot read {file}: {error}") from error
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 17 or rows.dtype.kind not in "fiu":
+    if not isinstance(rows, np.ndarray) or rows.shape[1:] != (17,) or not len(rows) or rows.dtype.kind not in "fiu":
         shape = f"{rows.shape} {rows.dtype}" if isinstance(rows, np.ndarray) else "an archive"
         raise InputError(f"{file} must be an array of numbers, (views, 17), not {shape}")
     return rows.astype(np.float64)
@@ -62,7 +62,7 @@ def _view(file: Path, row: NDArray[np.float64]) -> View:
     pose = np.eye(4)
     pose[:3] = np.stack([right, down, -backward, place], 1)
     image_height, image_width = read_size(file.name, file)
-    if not abs(image_width - width * image_height / height) <= 1:
+    if not (height > 0 < width and abs(image_width - width * image_height / height) <= 1):
         raise InputError(
             f"{file} is {image_width} x {image_height} pixels, its pose is for {width:g} x {height:g}: another shape"
         )

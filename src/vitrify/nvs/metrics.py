@@ -14,6 +14,7 @@ from vitrify.errors import InputError, optional
 
 # What the package lpips asks torchvision for; torch.hub keeps it there.
 _ALEXNET = "alexnet-owt-7be5be79.pth"
+_WINDOW = 11  # pixels across SSIM's window
 
 
 def psnr(picture: Tensor, truth: Tensor) -> float:
@@ -27,9 +28,12 @@ def ssim(picture: Tensor, truth: Tensor) -> float:
     """Return the structural similarity of (3, H, W) in [0, 1], at least 11 x 11: 1 where they are equal.
 
     Wang et al., IEEE Transactions on Image Processing 2004: a Gaussian window of sigma 1.5. Raises InputError without
-    scikit-image (extra `nvs`).
+    scikit-image (extra `nvs`), and for smaller pictures.
     """
     _check(picture, truth)
+    height, width = picture.shape[1:]
+    if min(height, width) < _WINDOW:
+        raise InputError(f"SSIM needs pictures of at least {_WINDOW} x {_WINDOW} pixels, not {width} x {height}")
     check_ssim()
     from skimage.metrics import structural_similarity  # noqa: PLC0415
 

@@ -93,7 +93,8 @@ def load(path: str | Path, **changes: Any) -> GNT:
 
     Widths, depth and whether there is a second network follow from the tensors; `changes` replace other fields of the
     `Architecture` (points, fine_points). Heads are 4, as in all that was released. Cameras and pixels must be those of
-    `nvs.rays`: the released code numbers pixels from 0, half a pixel off.
+    `nvs.rays`: the released code numbers pixels from 0, half a pixel off. Places in the world are inputs, too: in
+    forward-facing scenes the released code has y up and z backward, `nvs.scenes_io.normalised` y down and z forward.
 
     Raises InputError where the file is missing or damaged, is of another kind, or its tensors do not fit.
     """
@@ -108,7 +109,12 @@ def load(path: str | Path, **changes: Any) -> GNT:
         )
     tensors: dict[str, Tensor] = {}
     for theirs, ours in NETS.items():
-        for name, tensor in content.get(theirs, {}).items():
+        net = content.get(theirs, {})
+        if not isinstance(net, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in net.items()
+        ):
+            raise InputError(f"{path} is no checkpoint of the released GNT: its {theirs} is no dict of tensors")
+        for name, tensor in net.items():
             tensors[f"{ours}.{our_name(name.removeprefix('module.'))}"] = tensor
     model = create("gnt", **{**_architecture(tensors, path), **changes})
     if problem := mismatch(model.state_dict(), tensors):
@@ -136,6 +142,8 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         }
     except KeyError as error:
         raise InputError(f"{path} is no checkpoint of the released GNT: it has no {error.args[0]}") from error
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is no checkpoint of the released GNT: a tensor has too few dimensions") from error
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

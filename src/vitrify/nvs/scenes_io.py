@@ -17,6 +17,9 @@ Split = Literal["train", "held_out"]
 _SHIPPED = Path(__file__).parent / "scenes"
 # LLFF's loader scales scenes so that the nearest point is at 1 / 0.75; NeRF, IBRNet and GNT kept that.
 _NEAR = 4 / 3
+_LEAST_ACROSS = 1e-3
+# IBRNet and GNT sample rays a little beyond the depths of the points that COLMAP found.
+_NEARER, _FARTHER = 0.9, 1.6
 _EVERY = 8
 
 
@@ -25,7 +28,8 @@ def load_scene(source: str | Path, *, shrink: int = 1) -> Scene:
 
     COLMAP's model may lie in the folder itself, in sparse/0 or in sparse, with the photographs in images/. Where a
     folder has several, they are looked for in the order above. Forward-facing scenes are brought into one frame, see
-    `normalised`.
+    `normalised`. Near and far are as in IBRNet and GNT: of NeRF-synthetic the file's; else 0.9 times the nearest and
+    1.6 times the farthest depth that the reader found.
 
     Args:
         source: the folder of the scene, or the name of a shipped one.
@@ -42,7 +46,16 @@ def load_scene(source: str | Path, *, shrink: int = 1) -> Scene:
         folder = shipped[str(source)]
     if not folder.is_dir():
         raise InputError(f"the scene {folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
-    return normalised(_read(folder, shrink))
+    if (folder / llff.FILE).is_file():
+        return _widened(normalised(llff.load_llff(folder, shrink)))
+    if any((folder / name).is_file() for name in blender.FILES):
+        return normalised(blender.load_blender(folder).shrunk(shrink))
+    if (model := colmap.find_model(folder)) is not None:
+        return _widened(normalised(colmap.load_colmap(folder, model).shrunk(shrink)))
+    raise InputError(
+        f"{folder} is no scene: it has neither {llff.FILE} (LLFF) nor {blender.FILES[0]} (NeRF-synthetic) nor a COLMAP "
+        "model (cameras.txt or cameras.bin, there or in sparse/0)"
+    )
 
 
 def shipped_scenes(split: Split) -> list[Scene]:
@@ -72,7 +85,10 @@ def normalised(scene: Scene) -> Scene:
     forward = F.normalize(poses[:, :3, 2].mean(0), dim=0)
     if not (poses[:, :3, 2] @ forward > 0).all():
         return scene
-    right = F.normalize(torch.linalg.cross(poses[:, :3, 1].mean(0), forward), dim=0)
+    across = torch.linalg.cross(poses[:, :3, 1].mean(0), forward)
+    if across.norm() < _LEAST_ACROSS:  # the cameras' ups cancel out, such as upright and upside down
+        across = torch.linalg.cross(poses[0, :3, 1], forward)
+    right = F.normalize(across, dim=0)
     mean = torch.eye(4, dtype=torch.float64)
     mean[:3] = torch.stack([right, torch.linalg.cross(forward, right), forward, poses[:, :3, 3].mean(0)], 1)
     scale = _NEAR / scene.near
@@ -82,17 +98,9 @@ def normalised(scene: Scene) -> Scene:
     return replace(scene, views=views, near=_NEAR, far=scene.far * scale)
 
 
-def _read(folder: Path, shrink: int) -> Scene:
-    if (folder / llff.FILE).is_file():
-        return llff.load_llff(folder, shrink)
-    if any((folder / name).is_file() for name in blender.FILES):
-        return blender.load_blender(folder).shrunk(shrink)
-    if (model := colmap.find_model(folder)) is not None:
-        return colmap.load_colmap(folder, model).shrunk(shrink)
-    raise InputError(
-        f"{folder} is no scene: it has neither {llff.FILE} (LLFF) nor {blender.FILES[0]} (NeRF-synthetic) nor a COLMAP "
-        "model (cameras.txt or cameras.bin, there or in sparse/0)"
-    )
+def _widened(scene: Scene) -> Scene:
+    """Return the scene with the near and far of IBRNet's loaders."""
+    return replace(scene, near=_NEARER * scene.near, far=_FARTHER * scene.far)
 
 
 def _shipped(split: Split) -> list[Path]:

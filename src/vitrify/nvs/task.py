@@ -37,8 +37,8 @@ class RayDataset(Dataset[Item]):
     recolour in training, give each item channels in another order, inverted or not, each darker by up to 30 %, the same
              in all its views: what a model learns on a few scenes then fits other colours
 
-    Raises InputError for images of several sizes in a scene, targets that a scene lacks, and a scene that has no view
-    left to render them from.
+    Raises InputError for images of several sizes in a scene, targets that a scene lacks, a scene that has no view left
+    to render them from, and rays, sources or repeats below 1.
     """
 
     def __init__(
@@ -52,6 +52,9 @@ class RayDataset(Dataset[Item]):
         train: bool = True,
         recolour: bool = False,
     ) -> None:
+        for name, count in (("rays", rays), ("sources", sources), ("repeats", repeats)):
+            if count < 1:
+                raise InputError(f"{name} must be at least 1, not {count}")
         self._recolour = recolour and train
         self.scenes = [scene.in_memory() for scene in scenes]
         self.rays, self.sources, self.repeats, self.train = rays, sources, repeats, train

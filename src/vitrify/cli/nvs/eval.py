@@ -61,6 +61,9 @@ def evaluate(
     if reason := metrics.why_no_lpips():
         typer.echo(f"without LPIPS: {reason}", err=True)
     records: list[Record] = []
+    for each in scenes:
+        if (most := len(each.views) - len(held_out_views(each))) < sources:
+            typer.echo(f"{most} source views instead of {sources}: scene {each.name!r} has no more", err=True)
     views = {each.name: held_out_views(each)[:limit] for each in scenes}
     total = sum(map(len, views.values()))
     with shared.interruptible(output), shared.ray_bar(total) as advance:
