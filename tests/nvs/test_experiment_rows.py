@@ -23,6 +23,7 @@ EXPECTED = {
     "shiftaddvit": {Hamming, ShiftLinear, Mixture},
     "vitrify": {Taylor, ShiftLinear, Mixture},
     "vitrify_distill": {Taylor, ShiftLinear, Mixture},
+    "vitrify_squares_distill": {Taylor, ShiftLinear, Mixture},
     "int8": {IntLinear},
 }
 
