@@ -10,6 +10,9 @@ import os
 
 import pytest
 import torch
+from any_shape import ANY
+from hypothesis import given
+from hypothesis import strategies as st
 from taylor_inputs import moved, padding, scattered
 from torch import Tensor
 
@@ -30,6 +33,9 @@ SHAPES = [(1, 1, 1, 1, 16, 16), (2, 1, 63, 63, 24, 40), (1, 2, 5, 197, 20, 72)]
 if not INTERPRETED:
     SHAPES += [(2, 3, n, n, 64, 64) for n in (63, 197, 577, 1000, 4096)]
     SHAPES += [(1, 2, 900, 49, 16, 128), (1, 2, 577, 577, 80, 80), (1, 1, 300, 65_536, 128, 128)]
+
+
+MOST = 90 if INTERPRETED else 700
 
 
 @pytest.fixture(params=[False, True], ids=["one_launch", "shared_heads"])
@@ -82,6 +88,22 @@ def test_integers_are_exact(shape, how, signed):
     for dtype in DTYPES:
         query, key, value, code = inputs(shape, signed=signed, dtype=dtype)
         check(query, key, value, None, code, how)
+
+
+@pytest.mark.usefixtures("nan_poison", "shared")
+@ANY
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), *[st.integers(1, MOST)] * 2, *[st.integers(16, 128)] * 2),
+    how=st.sampled_from(STORED),
+    signed=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    padded=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(shape, how, signed, dtype, padded, seed):
+    query, key, value, code = inputs(shape, signed=signed, dtype=dtype, seed=seed)
+    keep = padding(shape[0], shape[3], seed=seed)[:, 0, 0] if padded else None
+    check(query, key, scattered(value, seed), keep, code, how)
 
 
 @pytest.mark.usefixtures("nan_poison", "shared")

@@ -11,6 +11,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from any_shape import ANY
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vitrify.ops import pack_codes, shift_quantize
 from vitrify.ops.shift import reference, triton
@@ -29,6 +32,8 @@ floats = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 SHAPES = [(1, 75, 5), (63, 64, 70), (197, 130, 66)]
 if not INTERPRETED:
     SHAPES += [(tokens, 768, 3072) for tokens in (1, 63, 64, 197, 512, 577)] + [(8, 4096, 1024), (197, 192, 768)]
+
+MOST = 150 if INTERPRETED else 1500
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -126,6 +131,20 @@ def test_matches_float64(shape, dtype, bits, variant):
     tokens, width, channels = shape
     input, bias = numbers(tokens, width, dtype=dtype), numbers(channels, seed=2, dtype=dtype)
     check(input, *layer(width, channels, bits, variant), bias, bits, variant)
+
+
+@pytest.mark.usefixtures("nan_poison")
+@ANY
+@given(
+    shape=st.tuples(*[st.integers(1, MOST)] * 3),
+    form=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(shape, form, dtype, seed):
+    tokens, width, channels = shape
+    input, bias = numbers(tokens, width, seed=seed, dtype=dtype), numbers(channels, seed=seed + 1, dtype=dtype)
+    check(input, *layer(width, channels, *form), bias, *form)
 
 
 @pytest.mark.usefixtures("nan_poison")

@@ -10,6 +10,9 @@ import os
 
 import pytest
 import torch
+from any_shape import ANY
+from hypothesis import given
+from hypothesis import strategies as st
 from taylor_inputs import moved, packed, padding, qkv, scattered
 
 from vitrify.errors import InputError, UnsupportedError
@@ -27,6 +30,9 @@ SHAPES = [(1, 1, 1, 1, 16, 16), (2, 1, 70, 70, 16, 16), (1, 2, 5, 130, 20, 40), 
 if not INTERPRETED:
     SHAPES += [(2, 3, n, n, 64, 64) for n in (63, 197, 577, 1000, 4096)]
     SHAPES += [(1, 2, 900, 49, 32, 32), (1, 2, 197, 197, 80, 128), (1, 1, 300, 65_536, 128, 128)]
+
+
+MOST = 90 if INTERPRETED else 700
 
 
 @pytest.fixture(params=[False, True], ids=["one_launch", "shared_heads"])
@@ -88,6 +94,21 @@ def check(inputs, keep=None, scale=0.3, *, forward_only=False):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape, dtype):
     check([t.to(dtype) for t in qkv(*shape)])
+
+
+@pytest.mark.usefixtures("nan_poison", "shared")
+@ANY
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    tokens=st.tuples(st.integers(1, MOST), st.integers(1, MOST)),
+    widths=st.tuples(st.integers(16, 128), st.integers(16, 128)),
+    dtype=st.sampled_from(DTYPES),
+    padded=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(heads, tokens, widths, dtype, padded, seed):
+    inputs = [scattered(t.to(dtype), seed + i) for i, t in enumerate(qkv(*heads, *tokens, *widths, seed=seed))]
+    check(inputs, padding(heads[0], tokens[1], seed=seed)[:, 0, 0] if padded else None)
 
 
 @pytest.mark.usefixtures("nan_poison", "shared")

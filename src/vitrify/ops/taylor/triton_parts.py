@@ -89,9 +89,9 @@ def pivot_of(
     """Return what to subtract from every token before a product: close to the mean, and exact to subtract.
 
     The mean of 32 tokens from all over the sequence: the first ones may be class tokens, or all sky. For 16-bit inputs
-    it is rounded to their format, and taken only for channels whose mean is twice their spread: most differences are
-    exact there (Sterbenz), so that the tensor cores' 16-bit operands hold them. Where the mean is smaller, raw products
-    cost float32 sums next to nothing.
+    it is rounded to their format, and taken only for channels in which those tokens lie within half of it: differences
+    are exact there (Sterbenz), so that the tensor cores' 16-bit operands hold them. Where the mean is smaller, raw
+    products cost float32 sums next to nothing.
     """
     tokens = begin + tl.arange(0, 32).to(tl.int64) * tl.maximum((end - begin) // 32, 1)
     valid = tokens < end
@@ -102,9 +102,9 @@ def pivot_of(
     count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
     pivot = tl.sum(wide, 0) / count
     if x.dtype != tl.float32:
-        spread = tl.where(valid[:, None], wide - pivot[None, :], 0.0)
-        variance = tl.sum(spread * spread, 0) / count
-        pivot = tl.where(pivot * pivot > 4 * variance, pivot, 0.0).to(x.dtype).to(tl.float32)
+        pivot = pivot.to(x.dtype).to(tl.float32)
+        farthest = tl.max(tl.where(valid[:, None], tl.abs(wide - pivot[None, :]), 0.0), 0)
+        pivot = tl.where(2 * farthest <= tl.abs(pivot), pivot, 0.0)
     return pivot
 
 
