@@ -99,7 +99,8 @@ def test_opcheck():
 def test_token_counts_share_their_binaries():
     mixture = deployed()
     counts = []
-    for sizes in ((400, 1576, 12_608), (401, 450, 1577, 12_600)):
+    # Close to each other: tiles depend on the number of tokens for each of the GPU's processors.
+    for sizes in ((400, 1576, 12_608), (401, 1577, 12_600)):
         for tokens in sizes:
             mixture(torch.randn(tokens, 192, device="cuda", dtype=torch.bfloat16))
         counts.append(variants(linear_kernel))
