@@ -70,10 +70,11 @@ def expected(inputs, keep=None, scale=0.3, grad=None):
     return both
 
 
-def check(inputs, keep=None, scale=0.3, *, forward_only=False):
+def check(inputs, keep=None, scale=0.3, *, forward_only=False, factor=2):
     """Compare everything that both passes compute with float64.
 
-    The bound is twice the error of plain float32, plus one rounding of the result. On a GPU, float32 products are made
+    The bound is twice the error of plain float32 (more for few results: it is the largest of them), plus one rounding
+    of the result. On a GPU, float32 products are made
     of three of TF32, and tensor cores cut their sums off instead of rounding them: 2^-22 of the largest sum at each of
     the steps of 8 tokens, of which a program has MAX_CHUNK / 8 at most.
     """
@@ -85,7 +86,7 @@ def check(inputs, keep=None, scale=0.3, *, forward_only=False):
     for name, actual in run(inputs, keep, scale, grad).items():
         assert actual.dtype == (torch.float32 if name in reference.AffineState._fields else dtype), name
         error, plain_error = ((t.double() - truth[name]).abs().max() for t in (actual, plain[name]))
-        allowed = 2 * plain_error + (torch.finfo(actual.dtype).eps + cut) * truth[name].abs().max()
+        allowed = factor * plain_error + (torch.finfo(actual.dtype).eps + cut) * truth[name].abs().max()
         assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
 
 
@@ -108,7 +109,7 @@ def test_matches_float64(shape, dtype):
 )
 def test_any_shape(heads, tokens, widths, dtype, padded, seed):
     inputs = [scattered(t.to(dtype), seed + i) for i, t in enumerate(qkv(*heads, *tokens, *widths, seed=seed))]
-    check(inputs, padding(heads[0], tokens[1], seed=seed)[:, 0, 0] if padded else None)
+    check(inputs, padding(heads[0], tokens[1], seed=seed)[:, 0, 0] if padded else None, factor=4)
 
 
 @pytest.mark.usefixtures("nan_poison", "shared")
