@@ -2,7 +2,7 @@
 
     python experiments/nvs/run.py                          every row
     python experiments/nvs/run.py --rows softmax vitrify
-    python experiments/nvs/run.py --model runs/nvs/gnt     start from another trained model than the shipped one
+    python experiments/nvs/run.py --model runs/nvs/gnt     start from another trained model than base
     python experiments/nvs/run.py --smoke                  two steps, one view a scene: does it run?
     python experiments/nvs/run.py --collect                only rebuild results.json from runs/
 
