@@ -96,7 +96,7 @@ def linear_kernel(
     row = row_of(order, tl.minimum(begin + tl.arange(0, BLOCK_M), end - 1), GATHER)
     x_rows = x + row.to(tl.int64) * x_stride
     column = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.minimum(column, columns - 1).to(tl.int64)
+    channel = tl.minimum(column, columns - 1)
     dtype = x.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if PACKED and second:
