@@ -4,11 +4,13 @@ import importlib
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from vitrify.nvs import nearest_views
 from vitrify.nvs.scenes_io import shipped_scenes
 
+pytest.importorskip("skimage", reason="scikit-image is not installed")
 FOLDER = Path(__file__).parents[2] / "experiments" / "nvs"
 sys.path.insert(0, str(FOLDER))
 routing = importlib.import_module("routing")
