@@ -52,7 +52,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         differing = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
         if differing:
             listed = "; ".join(f"{key} was {stored.get(key)!r}, is now {settings.get(key)!r}" for key in differing)
-            raise InputError(f"{folder} holds pictures of other settings: {listed}. Choose another folder, or delete it")
+            raise InputError(f"{folder} holds pictures of other settings: {listed}. Choose another folder or delete it")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and holds no pictures of this command: choose another folder")
