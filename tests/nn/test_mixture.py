@@ -172,6 +172,8 @@ def test_bad_settings_are_named_and_leave_the_module_alone():
         ({"balance": -1}, "not -1"),
         ({"load": "hart"}, "did you mean 'hard'"),
         ({"bits": 9}, "9"),
+        ({"activations": "int4"}, "int4"),
+        ({"experts": ("multiply", "int8"), "activations": "int8"}, "belong to the expert 'shift'"),
     ):
         source = linear()
         with pytest.raises(InputError, match=message):

@@ -249,6 +249,8 @@ def _add_experts_(
     load: str,
 ) -> None:
     _check(module, names, balance, load)
+    if activations != "float" and "shift" not in names:
+        raise InputError(f"activations {activations!r} belong to the expert 'shift', and there is none: {tuple(names)}")
     check_alpha(alpha, len(names))
     # The whole of what may fail comes before the module is touched.
     added = {name: _expert(module, name, bits, variant, activations) for name in names[1:]}
