@@ -18,8 +18,8 @@ class Own(Mlp):
     pass
 
 
-def timm_mlp(kind=Mlp, **settings):
-    return mixture_mlp_(seeded(kind(8, 12, **settings)))
+def timm_mlp(kind=Mlp, activations="float", **settings):
+    return mixture_mlp_(seeded(kind(8, 12, **settings)), activations=activations)
 
 
 BOTH = pytest.mark.parametrize("make", [mixture_linear, timm_mlp])
@@ -54,6 +54,18 @@ def test_rows_and_shares_stay(make, packed, kernels):
     torch.testing.assert_close(share, mixture.share)
     assert 0 < share[0] < 1
     assert (mixture.train().aux_losses(), len(kernels)) == ({}, 1 if make is mixture_linear else 2)
+
+
+@torch.no_grad()
+@BOTH
+@pytest.mark.parametrize("activations", ["int8", "float8"])
+def test_a_packed_expert_that_rounds_its_tokens(make, activations, kernels):
+    mixture, x = make(activations=activations).eval(), tokens(3, 7, 8)
+    mixture.pack_()
+    with torch.enable_grad():
+        expected = mixture(x).detach()
+    torch.testing.assert_close(mixture(x), expected, rtol=1e-6, atol=1e-6)
+    assert len(kernels) == (1 if make is mixture_linear else 2)
 
 
 @torch.no_grad()

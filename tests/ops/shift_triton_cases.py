@@ -241,7 +241,7 @@ def test_quantised_activations(monkeypatch, dtype, bits, variant, activations, r
     """int8 has the reference's bits; float8 its sums but for their order, from registers, or by torch's products."""
     if road == "memory":
         monkeypatch.setattr(triton, "MOST_TOKENS", 16)
-    monkeypatch.setattr(triton, "_has_e4m3", lambda device: road != "bfloat16")
+    monkeypatch.setattr(triton, "has_e4m3", lambda device: road != "bfloat16")
     input, bias = numbers(2, 17, 75, dtype=dtype), numbers(48, seed=2, dtype=dtype)
     codes, exponent = layer(75, 48, bits, variant)
     actual = run(input, codes, exponent, bias, bits, variant, activations)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vitrify.errors import InputError, UnsupportedError
 from vitrify.ops.experts import Codes, Groups, dense, group_tokens, grouped_linear, kernels_take, route
-from vitrify.ops.shift import pack_codes, shift_decode, shift_quantize
+from vitrify.ops.shift import pack_codes, shift_decode, shift_linear, shift_quantize
 
 WIDTH, OUT = 9, 5
 
@@ -57,12 +57,31 @@ def test_rows_are_the_definitions(name, bits, variant, tokens):
     torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("activations", ["int8", "float8"])
+def test_only_the_second_experts_tokens_are_rounded(activations):
+    x, router = routed(pattern("random", 63), WIDTH, torch.float32)
+    weight, bias, codes, _, shift_bias = layers(dtype=torch.float32)
+    rounding = codes._replace(activations=activations)
+    groups = group_tokens(x, *router)
+    out, plain = (
+        grouped_linear(x, groups, weight, bias, shift, shift_bias, gather=True, scatter=True)
+        for shift in (rounding, codes)
+    )
+    first, second = groups.order.long().split(groups.counts.tolist())
+    expected = shift_linear(x[second], codes.codes, codes.exponent, shift_bias, activations=activations)
+    torch.testing.assert_close(out[second], expected)
+    assert torch.equal(out[first], plain[first])
+    assert not torch.equal(out[second], plain[second])
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "float8"])
+def test_opcheck(activations):
     x, router = routed(pattern("random", 12), WIDTH, torch.float32)
     weight, bias, codes, _, shift_bias = layers(dtype=torch.float32)
     order, counts = group_tokens(x, *router)
     torch.library.opcheck(torch.ops.vitrify.mixture_order.default, (x, *router))
-    arguments = (x, order, counts, weight, bias, codes.codes, codes.exponent, shift_bias, 4, "ps", True, False)
+    layer = (weight, bias, codes.codes, codes.exponent, shift_bias, 4, "ps", activations)
+    arguments = (x, order, counts, *layer, True, False)
     torch.library.opcheck(torch.ops.vitrify.mixture_linear.default, arguments)
 
 
@@ -97,6 +116,7 @@ def test_what_does_not_fit_is_named():
         ({"shift": codes._replace(codes=codes.codes[:, 1:])}, "packed into 5 bytes"),
         ({"shift": codes._replace(exponent=codes.exponent[1:])}, r"exponent has shape \(4,\)"),
         ({"shift": codes._replace(variant="sp")}, "did you mean 'ps'"),
+        ({"shift": codes._replace(activations="int4")}, "did you mean 'int8'"),
         ({"groups": Groups(groups.order[1:], groups.counts)}, "groups are of 11 tokens"),
         ({"groups": Groups(groups.order.to("meta"), groups.counts)}, "groups is on meta but x is on cpu"),
     ):

@@ -34,7 +34,7 @@ def test_every_case_in_the_interpreter():
     assert "skipped" not in result.stdout
 
 
-def launches(tokens, width, columns, *, bits=4, variant="ps", dtype=torch.bfloat16):
+def launches(tokens, width, columns, *, bits=4, variant="ps", dtype=torch.bfloat16, activations="float"):
     """Return what a mixture of linear layers launches, recorded on meta tensors; the last is its product."""
 
     def empty(*shape, of=dtype):
@@ -45,7 +45,7 @@ def launches(tokens, width, columns, *, bits=4, variant="ps", dtype=torch.bfloat
         x = empty(tokens, width)
         order, counts = triton.order_tokens(x, empty(2, width), empty(2))
         layers = (empty(columns, width), empty(columns), codes, empty(columns, of=torch.int8), empty(columns))
-        triton.linear(x, order, counts, *layers, bits, variant, True, True)
+        triton.linear(x, order, counts, *layers, bits, variant, activations, True, True)
     return recorded
 
 
@@ -55,6 +55,16 @@ def test_launches_follow_from_shapes_alone():
     assert [launch.name for launch in many] == ["choose_kernel", "place_kernel", "decode_kernel", "linear_kernel"]
     assert few[-1].keywords["PACKED"]
     assert not many[-1].keywords["PACKED"]
+
+
+@pytest.mark.parametrize(("activations", "opcode"), [("int8", "IGMMA"), ("float8", "QGMMA")])
+def test_one_launch_multiplies_and_shifts_each_in_its_own_format(activations, opcode):
+    few, many = (launches(tokens, 768, 3072, activations=activations) for tokens in (197, 12_608))
+    assert [launch.name for launch in few] == ["choose_kernel", "place_kernel", "quantize_kernel", "linear_kernel"]
+    assert [launch.name for launch in many[2:]] == ["quantize_kernel", "decode_kernel", "linear_kernel"]
+    found = compiled(few[-1], 90)
+    assert {"HGMMA", opcode} <= found.instructions.keys()
+    assert found.stack == found.local == 0
 
 
 @pytest.mark.parametrize("columns", [64, 768, 3072, 4096])

@@ -98,7 +98,7 @@ def test_which_kernels_make_up_a_layer(tokens, activations, bits, expected):
 def test_float8_without_e4m3_and_odd_outputs_take_the_first_path(monkeypatch):
     names = [launch.name for launch in launches(513, 75, 70, bits=5, activations="float8")]
     assert names == ["quantize_kernel", "multiply_kernel"]
-    monkeypatch.setattr(triton, "_has_e4m3", lambda device: False)
+    monkeypatch.setattr(triton, "has_e4m3", lambda device: False)
     _, multiply = launches(513, 768, 3072, bits=5, activations="float8")
     assert str(multiply.keywords["KIND"]) == "bf16"
 

@@ -52,7 +52,7 @@ def _linear(
     shift_bias = None if shift.bias is None else shift.bias.to(tokens.dtype)
     shifted: Tensor | Codes
     if shift.packed:
-        shifted = Codes(shift.codes, shift.exponent, shift.bits, shift.variant)
+        shifted = Codes(shift.codes, shift.exponent, shift.bits, shift.variant, shift.activations)
     else:
         shifted = shift_ste(shift.weight, shift.bits, shift.variant).to(tokens.dtype)
     return grouped_linear(tokens, groups, weight, bias, shifted, shift_bias, gather=gather, scatter=scatter)
@@ -79,7 +79,7 @@ def _layers(mixture: Mixture) -> list[tuple[nn.Linear, ShiftLinear]] | None:
         return None
     for multiply, coded in layers:
         plain = multiply is module or type(multiply) is nn.Linear
-        if not plain or type(coded) is not ShiftLinear or coded.activations != "float":
+        if not plain or type(coded) is not ShiftLinear or not (coded.packed or coded.activations == "float"):
             return None
     passed_by = [child for child in mixture.modules() if child is not mixture and child is not act]
     if any(child._forward_hooks or child._forward_pre_hooks or child.training for child in passed_by):

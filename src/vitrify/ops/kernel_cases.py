@@ -125,32 +125,32 @@ def shift() -> Iterator[Case]:
         what = f"{activations}, {bits}-bit {variant}, {name}, ({tokens}, {width}, {channels})"
         quick = (tokens, width, bits, variant, name, activations) == (64, 768, 4, "ps", "bf16", "float")
         call = _later(run, (tokens, width, channels), bits, variant, DTYPES[name], activations)
-        # Without E4M3 the host code takes what it takes for 6 bits.
-        architectures = (90, 100) if activations == "float8" and bits < 6 else ARCHITECTURES
-        yield Case(what, call, quick, architectures, plain)
+        yield Case(what, call, quick, _those_with(activations, bits), plain)
 
 
 def mixture() -> Iterator[Case]:
     """Layers of a ViT-B on few tokens (codes in registers) and on many (in memory), and of widths with masks."""
     triton = gpu.kernels("experts.triton")
+    plain = ("choose_kernel", "place_kernel", "quantize_kernel", "decode_kernel")
 
-    def run(shape: tuple[int, int, int], bits: int, variant: str, dtype: torch.dtype) -> None:
+    def run(shape: tuple[int, int, int], bits: int, variant: str, dtype: torch.dtype, activations: str) -> None:
         tokens, width, channels = shape
         codes = _meta(channels, -(-width // 2) if bits <= 4 else width, dtype=torch.uint8)
         exponent, bias = _meta(channels, dtype=torch.int8), _meta(channels, dtype=dtype)
         x, weight = _meta(tokens, width, dtype=dtype), _meta(channels, width, dtype=dtype)
         order, counts = triton.order_tokens(x, _meta(2, width, dtype=dtype), _meta(2, dtype=dtype))
-        triton.linear(x, order, counts, weight, bias, codes, exponent, bias, bits, variant, True, True)
+        triton.linear(x, order, counts, weight, bias, codes, exponent, bias, bits, variant, activations, True, True)
 
     several = [
-        *itertools.product((64, 197, 1576, 12_608), ((768, 3072), (3072, 768)), (4,), ("ps",), ("bf16",)),
-        *itertools.product((197, 1576), ((75, 70),), (6,), ("q",), ("fp16",)),
+        *itertools.product((64, 197, 1576, 12_608), ((768, 3072), (3072, 768)), (4,), ("ps",), ("bf16",), ("float",)),
+        *itertools.product((197, 1576), ((75, 70),), (6,), ("q",), ("fp16",), ("float", "float8")),
+        *itertools.product((197, 12_608), ((768, 3072),), (4,), ("ps",), ("bf16",), ("int8", "float8")),
     ]
-    for tokens, (width, channels), bits, variant, name in several:
-        what = f"{bits}-bit {variant}, {name}, ({tokens}, {width}, {channels})"
-        quick = (tokens, width) == (197, 768)
-        call = _later(run, (tokens, width, channels), bits, variant, DTYPES[name])
-        yield Case(what, call, quick, plain=("choose_kernel", "place_kernel", "decode_kernel"))
+    for tokens, (width, channels), bits, variant, name, activations in several:
+        what = f"{activations}, {bits}-bit {variant}, {name}, ({tokens}, {width}, {channels})"
+        quick = (tokens, width, activations) == (197, 768, "float")
+        call = _later(run, (tokens, width, channels), bits, variant, DTYPES[name], activations)
+        yield Case(what, call, quick, _those_with(activations, bits), plain)
 
 
 # Every primitive with kernels. A new one stands here, and nowhere else.
@@ -164,6 +164,11 @@ PRIMITIVES: dict[str, Callable[[], Iterator[Case]]] = {
 
 def _later(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
     return lambda: function(*arguments)
+
+
+def _those_with(activations: str, bits: int) -> tuple[int, ...]:
+    """Return the architectures that have the format; without E4M3 the host code takes what it takes for 6 bits."""
+    return (90, 100) if activations == "float8" and bits < 6 else ARCHITECTURES
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrify.ops.shift.reference import decoded
+from vitrify.ops.shift import reference
 
 
 def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,16 @@ def linear(
     shift_bias: Tensor | None,
     bits: int,
     variant: str,
+    activations: str,
     gather: bool,
     scatter: bool,
 ) -> Tensor:
     """Gather, one product per expert, scatter."""
-    if exponent is not None:
-        shift = decoded(shift, exponent, x.shape[1], bits, variant, x.dtype)
     rows = x.index_select(0, order) if gather else x
     first, second = torch.split(rows, counts.tolist())
-    out = torch.cat((F.linear(first, weight, bias), F.linear(second, shift, shift_bias)))
+    if exponent is None:
+        shifted = F.linear(second, shift, shift_bias)
+    else:
+        shifted = reference.linear(second, shift, exponent, shift_bias, bits, variant, activations)
+    out = torch.cat((F.linear(first, weight, bias), shifted))
     return torch.empty_like(out).index_copy_(0, order.long(), out) if scatter else out

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitrify.errors import InputError
 from vitrify.ops.experts.registration import mixture_linear_op, mixture_order_op
-from vitrify.ops.shift.validation import check_exponent, check_format, check_packed
+from vitrify.ops.shift.validation import check_activations, check_exponent, check_format, check_packed
 
 
 class Groups(NamedTuple):
@@ -30,12 +30,16 @@ class Groups(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A packed shift weight: codes uint8 (out, bytes), exponent int8 (out,), and their format."""
+    """A packed shift weight: codes uint8 (out, bytes), exponent int8 (out,), and their format.
+
+    activations: what its tokens are rounded to first, as in `ops.shift_linear`.
+    """
 
     codes: Tensor
     exponent: Tensor
     bits: int
     variant: str
+    activations: str = "float"
 
 
 def group_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Groups:
@@ -73,12 +77,13 @@ def grouped_linear(
     if (bias is None) != (shift_bias is None):
         raise InputError("one expert has a bias and the other has none: give both or neither")
     if isinstance(shift, Codes):
-        values, exponent, bits, variant = shift
+        values, exponent, bits, variant, activations = shift
         check_format(bits, variant)
+        check_activations(activations)
         check_packed(values, x.shape[1], bits)
         check_exponent(exponent, len(values), bits, variant, values=False)
     else:
-        values, exponent, bits, variant = shift, None, 4, "ps"  # bits and variant then mean nothing
+        values, exponent, bits, variant, activations = shift, None, 4, "ps", "float"  # the format then means nothing
         _check_linear("the shift expert", x, values, None)
     if len(values) != len(weight):
         raise InputError(f"the experts have {len(weight)} and {len(values)} outputs: both need as many")
@@ -87,7 +92,8 @@ def grouped_linear(
     for name, tensor in (("codes", values), ("exponent", exponent), ("groups", groups.order)):
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"{name} is on {tensor.device} but x is on {x.device}")
-    return mixture_linear_op(x, *groups, weight, bias, values, exponent, shift_bias, bits, variant, gather, scatter)
+    form = (bits, variant, activations)
+    return mixture_linear_op(x, *groups, weight, bias, values, exponent, shift_bias, *form, gather, scatter)
 
 
 def _check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

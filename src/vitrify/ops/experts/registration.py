@@ -25,7 +25,7 @@ torch.library.define(ORDER, "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor 
 torch.library.define(
     LINEAR,
     "(Tensor x, Tensor order, Tensor counts, Tensor weight, Tensor? bias, Tensor shift, Tensor? exponent,"
-    " Tensor? shift_bias, int bits, str variant, bool gather, bool scatter) -> Tensor",
+    " Tensor? shift_bias, int bits, str variant, str activations, bool gather, bool scatter) -> Tensor",
 )
 
 

@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from vitrify.ops import gpu
 from vitrify.ops.experts.triton_kernels import choose_kernel, linear_kernel, place_kernel
 from vitrify.ops.launch import adjacent, processors
-from vitrify.ops.shift.triton import MOST_TOKENS, decoded
+from vitrify.ops.shift.reference import LARGEST
+from vitrify.ops.shift.triton import ALIGNMENT, MOST_TOKENS, TYPES, decoded, has_e4m3, power_shift, quantize_tokens
 
 # Tokens of a program that computes logits, of one that places tokens, and block counts that the latter adds at a time.
 BLOCK, CHUNK, TOGETHER = 16, 1024, 1024
@@ -34,10 +37,11 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool) -> Tiles:
+def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool, twice: bool = False) -> Tiles:
     """Return the tiles for `tokens` of both experts together and a layer's inputs and outputs, on so many processors.
 
     The token tile is the one with the shortest time by FIXED: programs run in rounds of one per processor.
+    packed: codes are decoded in registers. twice: two sets of sums are kept there, as E4M3 needs.
     """
     channels = 64 if packed else 128
     aligned = width % 16 == 0
@@ -47,7 +51,7 @@ def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool
         return int(triton.cdiv(programs, available)) * (block + FIXED)
 
     # Larger ones leave the registers; so do rows that begin anywhere, of which each entry has its own address.
-    largest = 32 if not aligned else 128 if packed else 256
+    largest = 32 if not aligned else 128 if packed or twice else 256
     best = min((block for block in (16, 32, 64, 128, 256) if block <= largest), key=time)
     return Tiles(best, channels, 128 if packed and aligned and best <= 64 else 64, 4 if packed else 8)
 
@@ -89,13 +93,15 @@ def linear(
     shift_bias: Tensor | None,
     bits: int,
     variant: str,
+    activations: str,
     gather: bool,
     scatter: bool,
 ) -> Tensor:
     """Both experts' linear layers in one launch; arguments and result as `grouped.grouped_linear`.
 
     Codes are decoded in registers for up to MOST_TOKENS tokens, as shift layers do; for more, a launch before decodes
-    them in memory, once and not once per tile of tokens.
+    them in memory, once and not once per tile of tokens. Another launch rounds the tokens for activations "int8" and
+    "float8", which the second expert then multiplies in that format if it holds the weights, else in bfloat16.
     """
     x, weight, shift = adjacent(x), adjacent(weight), adjacent(shift)
     bias, exponent, shift_bias = _together(bias), _together(exponent), _together(shift_bias)
@@ -103,20 +109,48 @@ def linear(
     out = x.new_empty(tokens, columns)
     if tokens == 0:
         return out
-    if exponent is not None and tokens > MOST_TOKENS:
-        shift, exponent = decoded(shift, exponent, width, bits, variant, x.dtype), None
-    packed = exponent is not None
-    tile = tiles(tokens, width, columns, processors(x.device), packed=packed)
+    kind, power = (x.dtype, None) if activations == "float" else _rounded_kind(activations, bits, variant, x.device)
+    values = scale = None
+    if activations != "float":
+        padded = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
+        values, scale = quantize_tokens(x, kind, padded, LARGEST[activations])
+    packed = exponent is not None and tokens <= MOST_TOKENS
+    if exponent is not None and not packed:
+        shift = decoded(shift, exponent, width, bits, variant, kind, power or 0)
+    e4m3 = kind == torch.float8_e4m3fn
+    tile = tiles(tokens, width, columns, processors(x.device), packed=packed, twice=e4m3)
     grid = (_token_tiles(tokens, tile.tokens) * triton.cdiv(columns, tile.columns),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         linear_kernel[grid](
             x, x.stride(0), order, counts, weight, weight.stride(0), bias, shift, shift.stride(0), exponent, shift_bias,
-            out, tokens, width, columns, BITS=bits if packed else 0, PS=packed and variant == "ps", PACKED=packed,
+            values, 0 if values is None else values.stride(0), scale, out, tokens, width, columns,
+            BITS=bits if packed else 0, PS=packed and variant == "ps", PACKED=packed, ROUNDED=values is not None,
+            KIND=TYPES[kind], OPERAND=_operand(kind), SHIFT=power,
             WHOLE=width % tile.step == 0, GATHER=gather, SCATTER=scatter, BIASED=bias is not None,
-            BLOCK_M=tile.tokens, BLOCK_N=tile.columns, BLOCK_K=tile.step,
+            BLOCK_M=tile.tokens, BLOCK_N=tile.columns, BLOCK_K=tile.step, PRECISION=precision(x.dtype),
             num_warps=tile.warps, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return what float32 is multiplied as: "tf32" where PyTorch may do so, too. 16 bits are always themselves."""
+    # The one switch that PyTorch lets be read whichever of its two interfaces set it.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _rounded_kind(activations: str, bits: int, variant: str, device: torch.device) -> tuple[torch.dtype, int | None]:
+    """Return the dtype of rounded tokens, and c where it holds weights over 2^(E + c); None: bfloat16, and whole."""
+    kind = torch.int8 if activations == "int8" else torch.float8_e4m3fn
+    power = power_shift(bits, variant, kind)
+    if power is None or (kind == torch.float8_e4m3fn and not has_e4m3(device)):
+        return torch.bfloat16, None
+    return kind, power
+
+
+def _operand(kind: torch.dtype) -> tl.dtype:
+    # The interpreter's tl.dot reads bfloat16 as integers.
+    return tl.float32 if gpu.interpreting() and kind == torch.bfloat16 else TYPES[kind]
 
 
 def _token_tiles(tokens: int, block: int) -> int:

@@ -2,12 +2,14 @@
 
 # Triton's language has no types that mypy could check.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Its constants are parameters in capitals, which ruff takes for the right side of a comparison.
+# ruff: noqa: SIM300
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vitrify.ops.shift.triton_kernels import weights_of
+from vitrify.ops.shift.triton_kernels import power_of, weights_of
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -71,18 +73,21 @@ def place_kernel(
 
 @triton.jit(do_not_specialize=("tokens",))
 def linear_kernel(
-    x, x_stride, order, counts, weight, weight_stride, bias, shift, shift_stride, exponent, shift_bias, out,
-    tokens, width, columns, BITS: tl.constexpr, PS: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
-    GATHER: tl.constexpr, SCATTER: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, x_stride, order, counts, weight, weight_stride, bias, shift, shift_stride, exponent, shift_bias,
+    values, values_stride, scales, out, tokens, width, columns,
+    BITS: tl.constexpr, PS: tl.constexpr, PACKED: tl.constexpr, ROUNDED: tl.constexpr,
+    KIND: tl.constexpr, OPERAND: tl.constexpr, SHIFT: tl.constexpr,
+    WHOLE: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_M tokens of one expert and BLOCK_N output channels; grid: (token tiles x channel tiles,).
 
     The first expert's tiles come first; its last one may be part empty, then the second's begin. The weight is the left
     operand: decoded values go from registers to the tensor cores, and few tokens fill a narrow tile.
     PACKED: `shift` holds codes, two per byte up to 4 bits, else a weight. WHOLE: BLOCK_K divides the width.
+    ROUNDED: the second expert multiplies `values` of type KIND, rows as those of x, with scales by token; its weights
+    are over 2^(exponent + SHIFT), or whole if that is None. OPERAND: what is multiplied, KIND but in the interpreter.
     """
-    PER_BYTE: tl.constexpr = 2 if BITS <= 4 else 1
     column_tiles = tl.cdiv(columns, BLOCK_N)
     tile = tl.program_id(0) // column_tiles
     firsts = tl.load(counts)
@@ -99,25 +104,32 @@ def linear_kernel(
     channel = tl.minimum(column, columns - 1)
     dtype = x.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if PACKED and second:
+    if ROUNDED and second:
+        codes = shift + channel * shift_stride
+        power = tl.load(exponent + channel).to(tl.int32)
+        rounded = values + row.to(tl.int64) * values_stride
+        acc = rounded_sums(rounded, codes, power, width, BITS, PS, PACKED, KIND, OPERAND, WHOLE, acc, BLOCK_K)
+        if SHIFT is not None:
+            acc *= power_of(power + SHIFT)[:, None]
+        acc *= tl.load(scales + row)[None, :]
+    elif PACKED and second:
         codes = shift + channel * shift_stride
         power = tl.load(exponent + channel).to(tl.int32)
         for start in range(0, width, BLOCK_K):
             tokens_tile = load_tile(x_rows, start, width, WHOLE, BLOCK_K)
-            bytes = load_tile(codes, start // PER_BYTE, (width + PER_BYTE - 1) // PER_BYTE, WHOLE, BLOCK_K // PER_BYTE)
-            decoded = weights_of(bytes, power, BITS, PS, dtype)
+            decoded = weights_of(load_codes(codes, start, width, BITS, WHOLE, BLOCK_K), power, BITS, PS, dtype)
             if not WHOLE and dtype == tl.float16:
                 # What code 0 stands for beyond the width may be infinite here.
                 decoded = tl.where((start + tl.arange(0, BLOCK_K) < width)[None, :], decoded, tl.zeros_like(decoded))
-            acc = tl.dot(decoded, tl.trans(tokens_tile), acc)
+            acc = tl.dot(decoded, tl.trans(tokens_tile), acc, input_precision=PRECISION)
     else:
-        if not PACKED:
+        if not PACKED and not ROUNDED:
             weight = tl.where(second, shift, weight)
         weights = weight + channel * weight_stride
         for start in range(0, width, BLOCK_K):
             tokens_tile = load_tile(x_rows, start, width, WHOLE, BLOCK_K)
             tile_weights = load_tile(weights, start, width, WHOLE, BLOCK_K)
-            acc = tl.dot(tile_weights, tl.trans(tokens_tile), acc)
+            acc = tl.dot(tile_weights, tl.trans(tokens_tile), acc, input_precision=PRECISION)
     if BIASED:
         acc += tl.load(tl.where(second, shift_bias, bias) + channel).to(tl.float32)[:, None]
     place = begin + tl.arange(0, BLOCK_M)
@@ -139,11 +151,40 @@ def row_of(order, place, INDIRECT: tl.constexpr):
 
 
 @triton.jit
+def rounded_sums(
+    rows, weights, power, width, BITS: tl.constexpr, PS: tl.constexpr, PACKED: tl.constexpr, KIND: tl.constexpr,
+    OPERAND: tl.constexpr, WHOLE: tl.constexpr, like, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the products of rounded tokens with weights or, if PACKED, codes, neither scaled: float32, as `like`."""
+    sums = tl.zeros_like(like).to(tl.int32 if KIND == tl.int8 else tl.float32)
+    for start in range(0, width, BLOCK_K):
+        tokens_tile = load_tile(rows, start, width, WHOLE, BLOCK_K).to(OPERAND)
+        if PACKED:
+            tile = weights_of(load_codes(weights, start, width, BITS, WHOLE, BLOCK_K), power, BITS, PS, KIND)
+        else:
+            tile = load_tile(weights, start, width, WHOLE, BLOCK_K)
+        if KIND == tl.float8e4nv:
+            # A Hopper's sums of E4M3 products keep 14 bits: each step's are added to the float32 ones outside.
+            sums += tl.dot(tile.to(OPERAND), tl.trans(tokens_tile), max_num_imprecise_acc=BLOCK_K)
+        else:
+            sums = tl.dot(tile.to(OPERAND), tl.trans(tokens_tile), sums, out_dtype=sums.dtype)
+    return sums.to(tl.float32)
+
+
+@triton.jit
+def load_codes(rows, start, width, BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the bytes (rows, bytes) of the codes of BLOCK inputs from `start` on."""
+    PER_BYTE: tl.constexpr = 2 if BITS <= 4 else 1
+    tile = load_tile(rows, start // PER_BYTE, (width + PER_BYTE - 1) // PER_BYTE, WHOLE, BLOCK // PER_BYTE)
+    return tile
+
+
+@triton.jit
 def load_tile(rows, start, width, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Return the tile (rows, BLOCK) from column `start` on, 0 beyond `width`."""
     column = start + tl.arange(0, BLOCK)
     if WHOLE:
         tile = tl.load(rows[:, None] + column[None, :])
     else:
-        tile = tl.load(rows[:, None] + column[None, :], mask=(column < width)[None, :], other=0)
+        tile = tl.load(rows[:, None] + column[None, :], mask=(column < width)[None, :], other=0.0)
     return tile

@@ -139,30 +139,36 @@ def linear(
     if activations == "float":
         out = _multiply(rows, codes, exponent, None, bias, bits, variant, None, rows.shape[1], input.dtype)
     else:
-        if kind == torch.float8_e4m3fn and (shift is None or not _has_e4m3(input.device)):
+        if kind == torch.float8_e4m3fn and (shift is None or not has_e4m3(input.device)):
             kind, shift = torch.bfloat16, None
         out = _quantized(rows, codes, exponent, bias, bits, variant, kind, shift)
     return out.view(*input.shape[:-1], channels)
 
 
-def decoded(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str, dtype: torch.dtype) -> Tensor:
-    """Return the weight (out, width) of packed codes in `dtype`: `reference.decoded` in one launch."""
+def decoded(
+    codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str, dtype: torch.dtype, shift: int = 0
+) -> Tensor:
+    """Return the weight (out, width) of packed codes in `dtype`: `reference.decoded` in one launch.
+
+    E4M3 and int8 hold it over 2^(E + shift) of its channel, `shift` from `power_shift`.
+    """
     if codes.shape[0] * width == 0:
         return reference.decoded(codes, exponent, width, bits, variant, dtype)
-    return _decode(adjacent(codes), exponent.contiguous(), None, width, width, bits, variant, dtype, 0)
+    return _decode(adjacent(codes), exponent.contiguous(), None, width, width, bits, variant, dtype, shift)
 
 
 def quantize_tokens(rows: Tensor, kind: torch.dtype, padded: int, largest: int) -> tuple[Tensor, Tensor]:
     """Return the values (tokens, padded) of `kind` and scales (tokens,) of `reference.quantize_tokens`, in one launch.
 
-    rows: (tokens, width) with adjacent inputs. kind bfloat16 holds the values of E4M3. Values are 0 beyond `width`.
+    rows: (tokens, width) with adjacent inputs. kind bfloat16 holds the values of both formats: `largest` tells them
+    apart. Values are 0 beyond `width`.
     """
     values = rows.new_empty(rows.shape[0], padded, dtype=kind)
     scale = rows.new_empty(rows.shape[0], dtype=torch.float32)
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
         quantize_kernel[rows.shape[0],](
             rows, rows.stride(0), values, scale, rows.shape[1], padded,
-            LARGEST=largest, INTEGER=kind == torch.int8, BLOCK=BLOCK_ROUNDED, num_warps=4,
+            LARGEST=largest, INTEGER=largest == reference.LARGEST["int8"], BLOCK=BLOCK_ROUNDED, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return values, scale
@@ -276,6 +282,6 @@ def _decode(
 
 
 @functools.cache
-def _has_e4m3(device: torch.device) -> bool:
+def has_e4m3(device: torch.device) -> bool:
     """Say whether the device multiplies E4M3; the interpreter does."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
