@@ -135,7 +135,7 @@ def mixture_table(limits: Roofline) -> list[str]:
     rows = []
     for count in shift.ROWS:
         case: dict[str, Any] = {"rows": count, "inputs": 768, "outputs": 3072, "multiply": 0.4, "dtype": DTYPE}
-        names = (mixture.MULTIPLY, mixture.MIXTURE, mixture.DENSE)
+        names = (mixture.MULTIPLY, mixture.MIXTURE, *mixture.ROUNDED, mixture.DENSE)
         rows.append((f"{count:,}", floors(limits, {name: mixture.cost(name, case) for name in names})))
     return list(table(["rows"], rows))
 

@@ -25,7 +25,7 @@ CASE = {
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 12), (0.4, 20), (1.0, 50)])
 def test_every_contender_passes_at_every_split(share, count, dtype):
     prepared = prepare({**CASE, "multiply": share, "dtype": dtype})
-    names = ["multiply", "mixture", "both and select", "two matmuls", "mixture int8"]
+    names = ["multiply", "mixture", "mixture int8", "both and select", "two matmuls"]
     assert [c.name for c in prepared.contenders] == names
     inputs = prepared.inputs(3)
     assert (inputs.index == 0).sum() == count
@@ -52,7 +52,9 @@ def test_costs():
     assert cost("multiply", CASE).flops == 2 * 50 * 24 * 40
     assert cost("both and select", CASE).flops == 2 * (2 * 50 * 24 * 40 + 2 * 50 * 24)
     assert cost("mixture compiled", CASE) == cost("two matmuls", CASE)
-    assert cost("mixture int8", CASE) == dataclasses.replace(cost("mixture", CASE), narrow={"int8": 2 * 30 * 24 * 40})
+    for name, kind in {"int8": "int8", "float8": "float8_e4m3fn", "float8 compiled": "float8_e4m3fn"}.items():
+        rounded = cost(f"mixture {name}", CASE)
+        assert rounded == dataclasses.replace(cost("mixture", CASE), narrow={kind: 2 * 30 * 24 * 40})
     activations, weight = 50 * 64 * 4, 24 * 40
     found = [cost("mixture", {**CASE, "multiply": share}).bytes_moved - activations for share in (0, 0.4, 1)]
     assert found == [weight // 2, weight * 4 + weight // 2, weight * 4]

@@ -2,7 +2,8 @@
 
     multiply            the linear layer before conversion, on all tokens: what the mixture has to beat
     mixture             `MixtureLinear` as deployed: packed, in eval mode, router included
-    mixture int8        the same, whose shifting expert rounds its tokens to INT8 and adds shifted integers; on CPUs
+    mixture int8        the same, whose shifting expert rounds its tokens to INT8 and adds shifted integers
+    mixture float8      the same in E4M3, on GPUs that multiply it
     both and select     both experts on all tokens, then each token's own row: no gather, twice the products
     two matmuls         one gather, product and scatter per expert, by their indices: on a GPU each count is waited for
 
@@ -22,14 +23,15 @@ from torch.nn import functional as F
 from vitrify.bench.attention import DTYPES, MAX_ROTATION, ROTATION_BYTES
 from vitrify.bench.reference import ROUNDED_TOLERANCE, rounded_tokens, sample_rows
 from vitrify.bench.registry import Case, Check, Contender, Prepared
-from vitrify.bench.roofline import Cost
+from vitrify.bench.roofline import NARROW, Cost
 from vitrify.errors import InputError
 from vitrify.nn import MixtureLinear, ShiftLinear
 from vitrify.ops.experts import dense, route
 
 BITS, VARIANT = 4, "ps"
-MULTIPLY, MIXTURE, INT8 = "multiply", "mixture", "mixture int8"
-DENSE, TWO = "both and select", "two matmuls"
+MULTIPLY, MIXTURE, DENSE, TWO = "multiply", "mixture", "both and select", "two matmuls"
+ROUNDED = {f"{MIXTURE} {kind}": kind for kind in NARROW}
+"""Mixtures by the activations of their shifting expert."""
 Run = Callable[[Tensor], Tensor]
 
 SPLITS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -73,7 +75,8 @@ def prepare(case: Case) -> Prepared:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {case['dtype']!r}")
     dtype, device = DTYPES[case["dtype"]], torch.device(case["device"])
     count, width = int(case["rows"]), int(case["inputs"])
-    linear, mixture, narrow = _layers(width, int(case["outputs"]), dtype, device)
+    linear, mixtures = _layers(width, int(case["outputs"]), dtype, device)
+    mixture = mixtures[MIXTURE]
     router = [parameter.float() for parameter in (mixture.router.weight, mixture.router.bias)]
 
     def inputs(seed: int) -> Inputs:
@@ -86,14 +89,14 @@ def prepare(case: Case) -> Prepared:
         missing = 2 * index - 1 - (F.linear(x, *router) @ x.new_tensor([-1.0, 1.0]))
         return Inputs((x + missing[:, None] * slope / slope.square().sum()).to(dtype), index)
 
-    ways: dict[str, Run] = {MULTIPLY: linear, MIXTURE: mixture, DENSE: _dense(mixture), TWO: _two(mixture)}
-    if device.type == "cpu":
-        ways[INT8] = narrow
+    ways: dict[str, Run] = {MULTIPLY: linear, **mixtures, DENSE: _dense(mixture), TWO: _two(mixture)}
     if case["compile"]:
-        for name in (MULTIPLY, MIXTURE, DENSE):
+        # A compiled graph of a CPU runs both experts on all tokens, which the rounded ones need not show again.
+        for name in (MULTIPLY, MIXTURE, DENSE) if device.type == "cpu" else (MULTIPLY, *mixtures, DENSE):
             ways[f"{name} compiled"] = torch.compile(ways[name], fullgraph=True, dynamic=False)
     contenders = [
-        _contender(name, run, linear, narrow if name == INT8 else mixture, case) for name, run in ways.items()
+        _contender(name, run, linear, mixtures.get(name.removesuffix(" compiled"), mixture), case)
+        for name, run in ways.items()
     ]
     moved = count * (width + int(case["outputs"])) * dtype.itemsize
     return Prepared(
@@ -116,7 +119,7 @@ def cost(name: str, case: Case) -> Cost:
     kind = name.removesuffix(" compiled")
     both = kind == DENSE
     layers = tokens * width * outputs * (2 if both else 1)
-    integers = 2 * (tokens - round(case["multiply"] * tokens)) * width * outputs if kind == INT8 else 0
+    shifted = 2 * (tokens - round(case["multiply"] * tokens)) * width * outputs
     router = 0 if kind == MULTIPLY else 2 * tokens * width
     weights = 0
     if kind == MULTIPLY or both or case["multiply"] > 0:
@@ -124,32 +127,34 @@ def cost(name: str, case: Case) -> Cost:
     if kind != MULTIPLY and (both or case["multiply"] < 1):
         weights += width * outputs * BITS // 8
     moved = tokens * (width + outputs) * itemsize + weights
-    return Cost(2 * (layers + router), moved, {"int8": integers} if integers else {})
+    return Cost(2 * (layers + router), moved, {NARROW[ROUNDED[kind]]: shifted} if kind in ROUNDED and shifted else {})
 
 
 def _layers(
     width: int, outputs: int, dtype: torch.dtype, device: torch.device
-) -> tuple[nn.Linear, MixtureLinear, MixtureLinear]:
-    """Return a linear layer with random weights, and two packed mixtures made from it: with float and INT8 shifts."""
+) -> tuple[nn.Linear, dict[str, MixtureLinear]]:
+    """Return a linear layer with random weights, and packed mixtures made from it by name."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(*size, generator=generator) / width**0.5 for size in ((outputs, width), (outputs,))]
-    layers = []
-    for _ in range(3):
-        layer = nn.Linear(width, outputs)
+
+    def layer() -> nn.Linear:
+        made = nn.Linear(width, outputs)
         with torch.no_grad():
-            for parameter, value in zip(layer.parameters(), values, strict=True):
+            for parameter, value in zip(made.parameters(), values, strict=True):
                 parameter.copy_(value)
-        layers.append(layer)
-    linear, *others = layers
-    mixtures = [
-        MixtureLinear.adopt_(other, bits=BITS, variant=VARIANT, activations=activations)
-        for other, activations in zip(others, ("float", "int8"), strict=True)
-    ]
-    for layer in layers:
-        layer.eval().requires_grad_(False).to(device, dtype)
-    for mixture in mixtures:
-        mixture.pack_()
-    return linear, mixtures[0], mixtures[1]
+        return made.eval().requires_grad_(False).to(device, dtype)
+
+    mixtures = {}
+    for name, activations in {MIXTURE: "float", **ROUNDED}.items():
+        if activations != "float8" or _has_e4m3(device):
+            mixture = MixtureLinear.adopt_(layer(), bits=BITS, variant=VARIANT, activations=activations)
+            mixture.eval().requires_grad_(False).pack_()
+            mixtures[name] = mixture
+    return layer(), mixtures
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _dense(mixture: MixtureLinear) -> Run:

@@ -23,7 +23,7 @@ from vitrify.bench import runtimes
 from vitrify.bench.model_checks import check_against, check_identity, check_parts, without_grad
 from vitrify.bench.observe import core_multiplications, observe_cores
 from vitrify.bench.registry import Case, Check, Contender, Prepared
-from vitrify.bench.roofline import Cost
+from vitrify.bench.roofline import NARROW, Cost
 from vitrify.convert import convert_, pack_, recipes
 from vitrify.errors import InputError, unknown
 
@@ -32,8 +32,6 @@ from vitrify.models.image_size import check_image_size
 from vitrify.nn import ShiftConv2d, ShiftLinear, cores
 
 LAYER_OPS = (".mm", ".addmm", ".convolution")
-NARROW = {"int8": "int8", "float8": "float8_e4m3fn"}
-"""What a shift layer multiplies in, by its activations; a CPU only rounds to float8, and multiplies in float32."""
 COMPILED_TOLERANCE = 1e-3
 """A compiled model reorders sums through all of its blocks: its output may differ by this much from eager's."""
 BFLOAT16_TOLERANCE = 0.1

@@ -10,6 +10,8 @@ import torch
 from vitrify.cost.probe import copy_bytes_s, matmul_flop_s
 
 _TRIES = 8
+NARROW = {"int8": "int8", "float8": "float8_e4m3fn"}
+"""What a shift layer multiplies in, by its activations; a CPU only rounds to float8, and multiplies in float32."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vitrify.bench.attention import DTYPES, MAX_ROTATION, ROTATION_BYTES
 from vitrify.bench.quantised import RIVALS, Linear
 from vitrify.bench.reference import check_linear
 from vitrify.bench.registry import Case, Check, Contender, Prepared
-from vitrify.bench.roofline import Cost
+from vitrify.bench.roofline import NARROW, Cost
 from vitrify.errors import InputError
 from vitrify.ops import pack_codes, shift_decode, shift_linear, shift_quantize
 
@@ -82,7 +82,7 @@ def cost(rounding: str, bits: float, case: Case) -> Cost:
     rows, width, out = (int(case[name]) for name in ("rows", "inputs", "outputs"))
     operations = 2 * rows * width * out
     moved = (rows * (width + out) + out) * DTYPES[case["dtype"]].itemsize + int(bits / 8 * width * out)
-    narrow = {"int8": "int8", "float8": "float8_e4m3fn"}.get(rounding)
+    narrow = NARROW.get(rounding)
     return Cost(operations, moved, {narrow: operations} if narrow else {})
 
 
