@@ -100,7 +100,7 @@ def _first(run: Run) -> bool:
     return run.benchmark in ("attention", "hamming") or "768x3072" in run.where or "vit_base" in run.where
 
 
-# Each takes minutes: a session that ends early loses one of them.
+# Each takes minutes: whoever stops early loses one of them.
 GPU = tuple(
     sorted(
         [*_attention(), *_shift(), Run("hamming", "results", OPERATOR), *_mixture(), *_models()],

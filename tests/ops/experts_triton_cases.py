@@ -123,7 +123,8 @@ def test_the_second_experts_tokens_rounded(bits, variant, activations, has_e4m3,
         monkeypatch.setattr(triton, "has_e4m3", lambda device: False)
     elif not triton.has_e4m3(torch.device(DEVICE)):
         pytest.skip("this GPU has no E4M3: see the other case")
-    for shape, dtype in itertools.product(SHAPES[1:3], DTYPES):
+    shapes = SHAPES[1:2] if INTERPRETED and (bits, variant) != (4, "ps") else SHAPES[1:3]
+    for shape, dtype in itertools.product(shapes, DTYPES):
         tokens, width, columns = shape
         index = pattern("random", tokens)
         x, router = routed(index, width, dtype)
