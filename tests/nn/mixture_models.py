@@ -1,10 +1,12 @@
 """Small mixtures with fixed weights, and inputs for them."""
 
 import pytest
+import timm.layers
 import torch
 from torch import nn
 
 from vitrify.nn import MixtureLinear, mixture_mlp_
+from vitrify.ops import dispatch, route
 
 
 class Mlp(nn.Module):
@@ -40,6 +42,17 @@ def mixture_linear(**settings):
 
 def mixture_mlp(**settings):
     return mixture_mlp_(seeded(Mlp()), **settings)
+
+
+def timm_mlp(kind=timm.layers.Mlp, activations="float", **settings):
+    return mixture_mlp_(seeded(kind(8, 12, **settings)), activations=activations)
+
+
+def by_modules(mixture, x):
+    """What the mixture makes of x, its experts called as modules."""
+    index, gate = route(mixture.router(x))
+    out = dispatch(x, index, list(mixture.experts().values()))
+    return out * gate.unsqueeze(-1).to(out.dtype)
 
 
 BOTH = pytest.mark.parametrize("make", [mixture_linear, mixture_mlp])

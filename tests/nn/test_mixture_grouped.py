@@ -1,4 +1,4 @@
-"""Deployed mixtures whose experts run on grouped tokens: same rows, everywhere that kernels could be, nowhere else."""
+"""Mixtures whose experts run on grouped tokens: same rows, everywhere that kernels could be, nowhere else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from mixture_models import mixture_linear, seeded, tokens
+from mixture_models import by_modules, mixture_linear, timm_mlp, tokens
 from timm.layers import GluMlp, Mlp
 from torch import nn
 
-from vitrify.nn import Mixture, ShiftLinear, mixture_grouped, mixture_mlp_
+from vitrify.nn import Mixture
 from vitrify.ops.shift import reference
 
 
@@ -18,26 +18,7 @@ class Own(Mlp):
     pass
 
 
-def timm_mlp(kind=Mlp, activations="float", **settings):
-    return mixture_mlp_(seeded(kind(8, 12, **settings)), activations=activations)
-
-
 BOTH = pytest.mark.parametrize("make", [mixture_linear, timm_mlp])
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Let the registered ops stand for the GPU's kernels: on the CPU they run the definition. Collect their calls."""
-    calls = []
-
-    def counted(*arguments, **keywords):
-        calls.append((keywords["gather"], keywords["scatter"]))
-        return grouped_linear(*arguments, **keywords)
-
-    grouped_linear = mixture_grouped.grouped_linear
-    monkeypatch.setattr(mixture_grouped, "kernels_take", lambda device, dtype: device.type == "cpu")
-    monkeypatch.setattr(mixture_grouped, "grouped_linear", counted)
-    return calls
 
 
 @torch.no_grad()
@@ -49,23 +30,23 @@ def test_rows_and_shares_stay(make, packed, kernels):
         mixture.pack_()
     grouped, share = mixture(x), mixture.share.clone()
     assert kernels == ([(True, True)] if make is mixture_linear else [(True, False), (False, True)])
+    torch.testing.assert_close(grouped, by_modules(mixture, x), rtol=1e-6, atol=1e-6)
     with torch.enable_grad():
         torch.testing.assert_close(grouped, mixture(x).detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(share, mixture.share)
     assert 0 < share[0] < 1
-    assert (mixture.train().aux_losses(), len(kernels)) == ({}, 1 if make is mixture_linear else 2)
+    assert (mixture.train().aux_losses(), len(kernels)) == ({}, 2 if make is mixture_linear else 4)
 
 
 @torch.no_grad()
 @BOTH
 @pytest.mark.parametrize("activations", ["int8", "float8"])
-def test_a_packed_expert_that_rounds_its_tokens(make, activations, kernels):
+def test_an_expert_that_rounds_its_tokens(make, activations, kernels):
     mixture, x = make(activations=activations).eval(), tokens(3, 7, 8)
+    torch.testing.assert_close(mixture(x), by_modules(mixture, x), rtol=1e-6, atol=1e-6)
     mixture.pack_()
-    with torch.enable_grad():
-        expected = mixture(x).detach()
-    torch.testing.assert_close(mixture(x), expected, rtol=1e-6, atol=1e-6)
-    assert len(kernels) == (1 if make is mixture_linear else 2)
+    torch.testing.assert_close(mixture(x), by_modules(mixture, x), rtol=1e-6, atol=1e-6)
+    assert len(kernels) == (2 if make is mixture_linear else 4)
 
 
 @torch.no_grad()
@@ -98,28 +79,19 @@ def test_compiled_without_a_graph_break(make, kernels):
 
 
 @BOTH
-def test_what_keeps_its_own_path(make, kernels):
+@pytest.mark.parametrize("training", [True, False])
+def test_what_keeps_its_own_path(make, training, kernels):
     x = tokens(20, 8)
-    mixture = make()
-    mixture(x)
-    mixture.eval()(x)
-    with torch.no_grad():
-        mixture.train()(x)
-        mixture.eval()
+    mixture = make().train(training)
+    with torch.set_grad_enabled(training):
         torch.testing.assert_close(torch.fx.symbolic_trace(mixture)(x), mixture(x))
         before = len(kernels)
         torch.export.export(mixture, (x,)).module()(x)
         with pytest.raises(RuntimeError):
             mixture(x.half())
-        mixture.double()(x.double())
-        hooked = make().eval()
-        hooked.router.register_forward_hook(lambda *_: None)
+        hooked = make().train(training)
+        hooked.shift.register_forward_hook(lambda *_: None)
         hooked(x)
-        quantised = make().eval()
-        for child in quantised.modules():
-            if isinstance(child, ShiftLinear):
-                child.activations = "int8"
-        quantised(x)
     assert len(kernels) == before == (1 if make is mixture_linear else 2)
 
 
@@ -154,14 +126,18 @@ def test_a_replaced_layer_keeps_its_own_path(kernels):
     assert kernels == []
 
 
-@torch.no_grad()
-def test_dropout_that_is_left_on_keeps_its_own_path(kernels):
+def test_dropout_keeps_its_own_path_where_it_drops(kernels):
     mixture, x = timm_mlp(drop=0.5).eval(), tokens(20, 8)
     for child in mixture.modules():
         if isinstance(child, nn.Dropout):
             child.train()
-    assert not torch.equal(mixture(x), mixture(x))
+    with torch.no_grad():
+        assert not torch.equal(mixture(x), mixture(x))
+    mixture.train()(x)
     assert kernels == []
+    timm_mlp(drop=0.0).train()(x)
+    mixture.eval()(x)
+    assert len(kernels) == 4
 
 
 @torch.no_grad()

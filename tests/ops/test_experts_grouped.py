@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrify.errors import InputError, UnsupportedError
-from vitrify.ops.experts import Codes, Groups, dense, group_tokens, grouped_linear, kernels_take, route
+from vitrify.ops.experts import Codes, Groups, dense, group_tokens, grouped_linear, groups_of, kernels_take, route
 from vitrify.ops.shift import pack_codes, shift_decode, shift_linear, shift_quantize
 
 WIDTH, OUT = 9, 5
@@ -36,6 +36,10 @@ def test_groups_are_a_stable_partition_by_the_routers_choice(choices):
     assert order.dtype == counts.dtype == torch.int32
     assert order.tolist() == index.argsort(stable=True).tolist()
     assert counts.tolist() == [choices.count(0), choices.count(1)]
+    again = groups_of(index)
+    assert torch.equal(again.order, order)
+    assert torch.equal(again.counts, counts)
+    assert again.order.dtype == again.counts.dtype == torch.int32
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -85,14 +89,96 @@ def test_opcheck(activations):
     torch.library.opcheck(torch.ops.vitrify.mixture_linear.default, arguments)
 
 
-def test_asking_for_a_gradient_is_an_error():
+@pytest.mark.parametrize(("gather", "scatter"), [(True, False), (False, True)])
+def test_opcheck_of_gradients(gather, scatter):
     x, router = routed(pattern("random", 12), WIDTH, torch.float32)
-    weight, bias, codes, _, shift_bias = layers(dtype=torch.float32)
-    out = grouped_linear(
-        x.requires_grad_(), group_tokens(x, *router), weight, bias, codes, shift_bias, gather=True, scatter=True
-    )
-    with pytest.raises(UnsupportedError, match=r"no gradient: train through ops\.dispatch"):
-        out.sum().backward()
+    groups = group_tokens(x, *router)
+    weight, bias, _, shift, shift_bias = layers(dtype=torch.float32)
+    x, weight, bias, shift, shift_bias = (t.requires_grad_() for t in (x, weight, bias, shift, shift_bias))
+    layer = (weight, bias, shift, None, shift_bias, 4, "ps", "float")
+    torch.library.opcheck(torch.ops.vitrify.mixture_linear.default, (x, *groups, *layer, gather, scatter))
+    grad = torch.randn(12, OUT)
+    for trained in (1, 2):
+        arguments = (grad, x.detach(), *groups, gather, scatter, trained)
+        torch.library.opcheck(torch.ops.vitrify.mixture_gradient.default, arguments)
+
+
+WAYS = pytest.mark.parametrize(("gather", "scatter"), [(True, True), (True, False), (False, True), (False, False)])
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["random", "first", "second"])
+def test_gradients_are_the_definitions(name, gather, scatter):
+    """Of every input; an expert without tokens gets zeros."""
+    index = pattern(name, 23)
+    x, _ = routed(index, WIDTH, torch.float64)
+    weight, bias, _, shift, shift_bias = layers()
+    groups = groups_of(index)
+    inputs = [t.requires_grad_() for t in (x, weight, bias, shift, shift_bias)]
+    places = groups.order.long()
+    factors = torch.randn(23, OUT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    truth = dense(x if gather else x.new_zeros(x.shape).index_copy(0, places, x), index, experts_of_both(*inputs[1:]))
+    expected = torch.autograd.grad(((truth if scatter else truth[places]) * factors).sum(), inputs)
+    out = grouped_linear(x, groups, weight, bias, shift, shift_bias, gather=gather, scatter=scatter)
+    found = torch.autograd.grad((out * factors).sum(), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def experts_of_both(weight, bias, shift, shift_bias):
+    return [lambda x: F.linear(x, weight, bias), lambda x: F.linear(x, shift, shift_bias)]
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_with_frozen_codes(biased, activations):
+    """Of all but the codes; activations that they round get the gradient that floats would have had."""
+    index = pattern("random", 23)
+    x, _ = routed(index, WIDTH, torch.float64)
+    weight, bias, codes, shift, shift_bias = layers()
+    inputs = [t.requires_grad_() for t in (x, weight, *(bias, shift_bias) * biased)]
+    bias, shift_bias = (bias, shift_bias) if biased else (None, None)
+    truth = dense(x, index, experts_of_both(weight, bias, shift, shift_bias))
+    expected = torch.autograd.grad(truth.sum(), inputs)
+    rounding = codes._replace(activations=activations)
+    out = grouped_linear(x, groups_of(index), weight, bias, rounding, shift_bias, gather=True, scatter=True)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@WAYS
+def test_gradcheck(gather, scatter):
+    x, _ = routed(pattern("random", 7), WIDTH, torch.float64)
+    weight, bias, _, shift, shift_bias = layers()
+    inputs = [t.requires_grad_() for t in (x, weight, bias, shift, shift_bias)]
+    groups = groups_of(pattern("random", 7))
+
+    def run(x, weight, bias, shift, shift_bias):
+        return grouped_linear(x, groups, weight, bias, shift, shift_bias, gather=gather, scatter=scatter)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_only_what_is_asked_for():
+    x, _ = routed(pattern("random", 12), WIDTH, torch.float64)
+    weight, bias, _, shift, shift_bias = layers()
+    for chosen in (x, weight, bias, shift, shift_bias):
+        chosen.requires_grad_()
+        out = grouped_linear(
+            x, groups_of(pattern("random", 12)), weight, bias, shift, shift_bias, gather=True, scatter=True
+        )
+        (grad,) = torch.autograd.grad(out.sum(), [chosen])
+        assert grad.shape == chosen.shape
+        chosen.requires_grad_(False)
+
+
+def test_asking_for_other_gradients_is_an_error():
+    x, router = routed(pattern("random", 12), WIDTH, torch.float64)
+    weight, bias, codes, _, shift_bias = layers()
+    groups = group_tokens(x.requires_grad_(), *router)
+    assert not any(t.requires_grad for t in groups)
+    out = grouped_linear(x, groups, weight.requires_grad_(), bias, codes, shift_bias, gather=True, scatter=True)
+    (grad,) = torch.autograd.grad(out.square().sum(), [weight], create_graph=True)
+    with pytest.raises(UnsupportedError, match=r"no second derivative: use ops\.dispatch"):
+        grad.sum().backward()
 
 
 def test_what_does_not_fit_is_named():
@@ -130,6 +216,7 @@ def test_which_tensors_the_kernels_take():
     pytest.importorskip("triton", reason="Triton is not installed")
     assert not kernels_take(torch.device("cpu"), torch.bfloat16)
     assert not kernels_take(torch.device("meta"), torch.float16)
-    assert not kernels_take(torch.device("cuda"), torch.float32)
+    assert not kernels_take(torch.device("cuda"), torch.float64)
     if not torch.cuda.is_available():
         assert kernels_take(torch.device("cuda"), torch.bfloat16)
+        assert kernels_take(torch.device("cuda"), torch.float32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitrify.errors import InputError, UnsupportedError, unknown
 from vitrify.nn.copying import copy_without_hooks
 from vitrify.nn.integer import IntLinear
-from vitrify.nn.mixture_grouped import grouped_forward
+from vitrify.nn.mixture_grouped import grouped_experts, grouped_forward
 from vitrify.nn.shift import ShiftLinear
 from vitrify.ops.experts import LOADS, Expert, balance_losses, check_alpha, dispatch, route
 from vitrify.ops.tracing import exporting
@@ -67,7 +67,7 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C_out): each token's row is exactly what its expert gives.
 
-        Deployed on a GPU (eval mode, no gradients, 16 bits), both experts run in one launch: see `mixture_grouped`.
+        On a GPU both experts of multiply and shift run in one launch per layer, in training too: see `mixture_grouped`.
         """
         if (grouped := grouped_forward(self, x)) is not None:
             out, share = grouped
@@ -76,7 +76,8 @@ class Mixture(nn.Module):
             return out
         logits = self.router(x)
         index, gate = route(logits)
-        out = dispatch(x, index, list(self.experts().values()))
+        together = grouped_experts(self, x, index)
+        out = dispatch(x, index, list(self.experts().values())) if together is None else together
         if torch.is_grad_enabled():  # the gate is 1: only its gradient matters
             out = out * gate.unsqueeze(-1).to(out.dtype)
         # While a checkpointed block is recomputed inside the backward pass, the logits would keep all it recomputes.

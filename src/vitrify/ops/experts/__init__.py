@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrify.errors import InputError
+from vitrify.ops.experts import derivative as _derivative  # noqa: F401  (registers itself)
 from vitrify.ops.experts.balance import LOADS, balance_losses, check_alpha
-from vitrify.ops.experts.grouped import Codes, Groups, group_tokens, grouped_linear
+from vitrify.ops.experts.grouped import Codes, Groups, group_tokens, grouped_linear, groups_of
 from vitrify.ops.experts.reference import Expert, dense
 from vitrify.ops.experts.registration import kernels_take
 from vitrify.ops.tracing import exporting, fx_leaf
@@ -26,6 +27,7 @@ __all__ = [
     "dispatch",
     "group_tokens",
     "grouped_linear",
+    "groups_of",
     "kernels_take",
     "route",
 ]

@@ -41,3 +41,17 @@ def linear(
         shifted = reference.linear(second, shift, exponent, shift_bias, bits, variant, activations)
     out = torch.cat((F.linear(first, weight, bias), shifted))
     return torch.empty_like(out).index_copy_(0, order.long(), out) if scatter else out
+
+
+def gradient(
+    grad: Tensor, x: Tensor, order: Tensor, counts: Tensor, gather: bool, scatter: bool, trained: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the first `trained` weights, (trained, C_out, C), and of both biases, (2, C_out).
+
+    grad (T, C_out): of `linear`'s result, in the tokens' own order if `scatter`, else in the groups'; x: its input, in
+    the tokens' own order if `gather`.
+    """
+    inputs = torch.split(x.index_select(0, order) if gather else x, counts.tolist())
+    outputs = torch.split(grad.index_select(0, order) if scatter else grad, counts.tolist())
+    weights = [outputs[expert].t() @ inputs[expert] for expert in range(trained)]
+    return torch.stack(weights), torch.stack([part.sum(0) for part in outputs])

@@ -1,17 +1,18 @@
-"""The linear layers of two experts, multiply and shift, on tokens grouped by expert: for deployment, on a GPU.
+"""The linear layers of two experts, multiply and shift, on tokens grouped by expert: for a GPU.
 
-    groups = group_tokens(x, router.weight, router.bias)
+    groups = group_tokens(x, router.weight, router.bias)    # deployed; in training groups_of(index), index by `route`
     hidden = act(grouped_linear(x, groups, *first_layers, gather=True, scatter=False))
     out = grouped_linear(hidden, groups, *second_layers, gather=False, scatter=True)
 
-Router and grouping take two launches and each linear layer one, for both experts; nothing waits for the GPU.
-`dispatch` is for any experts, any device, and for training.
+Router and grouping take two launches and each linear layer one, for both experts; its backward pass takes two, or three
+more for small weights. Nothing waits for the GPU. `dispatch` is for any experts and any device.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from vitrify.errors import InputError
@@ -55,6 +56,15 @@ def group_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Groups:
     return Groups(*mixture_order_op(x, weight, bias))
 
 
+def groups_of(index: Tensor) -> Groups:
+    """Group tokens by the expert of each, int64 (T,) of 0 and 1 as `route` returns it; nothing waits for the GPU."""
+    second = index == 1
+    seconds = second.sum(dtype=torch.int32)
+    # Bytes: sorting takes one pass for each 8 bits of a key.
+    order = second.to(torch.uint8).argsort(stable=True).int()
+    return Groups(order, torch.stack((index.shape[0] - seconds, seconds)))
+
+
 def grouped_linear(
     x: Tensor,
     groups: Groups,
@@ -70,7 +80,8 @@ def grouped_linear(
 
     weight (C_out, C); shift: a weight like it, or its codes; bias (C_out,), for both experts or for none. All floats
     have one dtype. gather: x has the tokens in their own order, else in the groups'. scatter: so has the result.
-    No gradients. Raises InputError for shapes, dtypes or devices that do not fit.
+    Everything but codes gets a gradient; that of activations which codes round is the float ones' (straight-through).
+    There are no second derivatives. Raises InputError for shapes, dtypes or devices that do not fit.
     """
     _check_linear("the multiplying expert", x, weight, bias)
     _check_bias("the shift expert", x, weight, shift_bias)

@@ -1,6 +1,7 @@
 """The registered ops `vitrify::mixture_order` and `vitrify::mixture_linear`: kernels, and shapes for fake tensors.
 
-They have no derivative: training goes through `dispatch`, and asking for one is an error, not a wrong number.
+The product's derivative stands in derivative.py. The order has none: in training the groups come from the choice
+that the router's layer made (`grouped.groups_of`), and asking for one is an error, not a wrong number.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from vitrify.ops.experts import aten
 
 ORDER = "vitrify::mixture_order"
 LINEAR = "vitrify::mixture_linear"
-DTYPES = (torch.float16, torch.bfloat16)
-"""What the kernels of the GPU take. Tensor cores sum float32 less exactly than a float32 layer should."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels of the GPU take; float32 without tensor cores, unless PyTorch may use TF32 itself."""
 
 torch.library.define(ORDER, "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor order, Tensor counts)")
 # shift: a weight, or its codes if there are exponents.
@@ -62,15 +63,14 @@ def _(x: Tensor, order: Tensor, counts: Tensor, weight: Tensor, *_: Any) -> Tens
 
 
 def _no_derivative(*_: Any) -> None:
-    raise UnsupportedError("grouped experts have no gradient: train through ops.dispatch")
+    raise UnsupportedError("the order of tokens has no gradient: route through the router's layer, then groups_of")
 
 
 torch.library.register_autograd(ORDER, _no_derivative)
-torch.library.register_autograd(LINEAR, _no_derivative)
 
 
 def kernels_take(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether the GPU's kernels take tensors on `device` of `dtype`, float16 or bfloat16."""
+    """Say whether the GPU's kernels take tensors on `device` of `dtype`, one of DTYPES."""
     return dtype in DTYPES and gpu.available(device)
 
 

@@ -37,13 +37,23 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool, twice: bool = False) -> Tiles:
+def tiles(
+    tokens: int,
+    width: int,
+    columns: int,
+    available: int,
+    *,
+    packed: bool,
+    twice: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tiles:
     """Return the tiles for `tokens` of both experts together and a layer's inputs and outputs, on so many processors.
 
     The token tile is the one with the shortest time by FIXED: programs run in rounds of one per processor.
     packed: codes are decoded in registers. twice: two sets of sums are kept there, as E4M3 needs.
     """
-    channels = 64 if packed else 128
+    single = dtype == torch.float32
+    channels = 64 if packed or single else 128
     aligned = width % 16 == 0
 
     def time(block: int) -> int:
@@ -51,8 +61,12 @@ def tiles(tokens: int, width: int, columns: int, available: int, *, packed: bool
         return int(triton.cdiv(programs, available)) * (block + FIXED)
 
     # Larger ones leave the registers; so do rows that begin anywhere, of which each entry has its own address.
-    largest = 32 if not aligned else 128 if packed or twice else 256
+    largest = 32 if not aligned else 128 if packed or twice or single else 256
     best = min((block for block in (16, 32, 64, 128, 256) if block <= largest), key=time)
+    if single:
+        # Without tensor cores, a step's inputs go through registers; ptxas spills some of those of 32 aligned tokens.
+        step = 32 if precision(dtype) == "tf32" else 16
+        return Tiles(64 if aligned and best == 32 else best, channels, step, 8 if best == 128 else 4)
     return Tiles(best, channels, 128 if packed and aligned and best <= 64 else 64, 4 if packed else 8)
 
 
@@ -109,7 +123,7 @@ def linear(
     out = x.new_empty(tokens, columns)
     if tokens == 0:
         return out
-    kind, power = (x.dtype, None) if activations == "float" else _rounded_kind(activations, bits, variant, x.device)
+    kind, power = (x.dtype, None) if activations == "float" else _rounded_kind(activations, bits, variant, x)
     values = scale = None
     if activations != "float":
         padded = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
@@ -118,7 +132,7 @@ def linear(
     if exponent is not None and not packed:
         shift = decoded(shift, exponent, width, bits, variant, kind, power or 0)
     e4m3 = kind == torch.float8_e4m3fn
-    tile = tiles(tokens, width, columns, processors(x.device), packed=packed, twice=e4m3)
+    tile = tiles(tokens, width, columns, processors(x.device), packed=packed, twice=e4m3, dtype=x.dtype)
     grid = (_token_tiles(tokens, tile.tokens) * triton.cdiv(columns, tile.columns),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         linear_kernel[grid](
@@ -139,11 +153,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _rounded_kind(activations: str, bits: int, variant: str, device: torch.device) -> tuple[torch.dtype, int | None]:
+def _rounded_kind(activations: str, bits: int, variant: str, x: Tensor) -> tuple[torch.dtype, int | None]:
     """Return the dtype of rounded tokens, and c where it holds weights over 2^(E + c); None: bfloat16, and whole."""
     kind = torch.int8 if activations == "int8" else torch.float8_e4m3fn
     power = power_shift(bits, variant, kind)
-    if power is None or (kind == torch.float8_e4m3fn and not has_e4m3(device)):
+    # A step of float32 has too few inputs for 8-bit products.
+    if power is None or x.dtype == torch.float32 or (kind == torch.float8_e4m3fn and not has_e4m3(x.device)):
         return torch.bfloat16, None
     return kind, power
 
