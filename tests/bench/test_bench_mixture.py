@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from vitrify.bench import registry
 from vitrify.bench.mixture import cost, prepare
 from vitrify.errors import InputError
 
@@ -75,9 +76,10 @@ def test_bad_cases_are_refused(change, message):
 
 @pytest.mark.slow
 def test_compiled_contenders_pass_their_checks():
-    prepared = prepare({**CASE, "compile": True})
+    prepared = registry.prepare("mixture", {**CASE, "compile": True})
     compiled = [c for c in prepared.contenders if c.name.endswith("compiled")]
-    assert [c.name for c in compiled] == ["multiply compiled", "mixture compiled", "both and select compiled"]
+    names = ["multiply", "mixture", "mixture int8", "both and select"]
+    assert [c.name for c in compiled] == [f"{name} compiled" for name in names]
     for contender in compiled:
         assert prepared.baselines[contender.name] == "multiply compiled"
         assert contender.check(prepared.inputs(0)).passed, contender.name

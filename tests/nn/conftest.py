@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vitrify.nn import mixture_grouped
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    """Dynamo compiles one function eight times at most, and all mixtures share their forward."""
+    torch.compiler.reset()
 
 
 @pytest.fixture

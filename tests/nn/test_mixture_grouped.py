@@ -11,6 +11,7 @@ from timm.layers import GluMlp, Mlp
 from torch import nn
 
 from vitrify.nn import Mixture
+from vitrify.ops.experts import aten
 from vitrify.ops.shift import reference
 
 
@@ -70,12 +71,17 @@ def test_under_autocast_and_in_half_precision(make, kernels):
 
 @torch.no_grad()
 @BOTH
-def test_compiled_without_a_graph_break(make, kernels):
-    mixture, x = make().eval(), tokens(2, 5, 8)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_compiled_without_a_graph_break_each_expert_on_its_tokens(make, activations, monkeypatch):
+    mixture, x = make(activations=activations).eval(), tokens(2, 5, 8)
     mixture.pack_()
-    expected = mixture(x)
+    expected, rows = mixture(x), []
+    original = aten.shift_linear_op
+    monkeypatch.setattr(aten, "shift_linear_op", lambda x, *others: rows.append(len(x)) or original(x, *others))
     compiled = torch.compile(mixture, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
+    assert rows == [round(10 * mixture.share[1].item())] * (1 if make is mixture_linear else 2)
+    assert 0 < rows[0] < 10
 
 
 @BOTH

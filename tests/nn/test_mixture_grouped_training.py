@@ -111,7 +111,7 @@ def test_under_autocast(make, kernels):
 
 @BOTH
 @pytest.mark.parametrize("activations", ["float", "int8"])
-def test_a_compiled_step_runs_each_expert_on_its_tokens(make, activations, kernels):
+def test_a_compiled_step_runs_each_expert_on_its_tokens(make, activations):
     mixture, x = make(activations=activations), tokens(20, 8).requires_grad_()
     out = mixture(x)
     share = mixture.share.clone()

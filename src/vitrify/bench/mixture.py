@@ -91,8 +91,7 @@ def prepare(case: Case) -> Prepared:
 
     ways: dict[str, Run] = {MULTIPLY: linear, **mixtures, DENSE: _dense(mixture), TWO: _two(mixture)}
     if case["compile"]:
-        # A compiled graph of a CPU runs both experts on all tokens, which the rounded ones need not show again.
-        for name in (MULTIPLY, MIXTURE, DENSE) if device.type == "cpu" else (MULTIPLY, *mixtures, DENSE):
+        for name in (MULTIPLY, *mixtures, DENSE):
             ways[f"{name} compiled"] = torch.compile(ways[name], fullgraph=True, dynamic=False)
     contenders = [
         _contender(name, run, linear, mixtures.get(name.removesuffix(" compiled"), mixture), case)
@@ -127,7 +126,7 @@ def cost(name: str, case: Case) -> Cost:
     if kind != MULTIPLY and (both or case["multiply"] < 1):
         weights += width * outputs * BITS // 8
     moved = tokens * (width + outputs) * itemsize + weights
-    return Cost(2 * (layers + router), moved, {NARROW[ROUNDED[kind]]: shifted} if kind in ROUNDED and shifted else {})
+    return Cost(2 * (layers + router), moved, {NARROW[ROUNDED[kind]]: shifted} if kind in ROUNDED else {})
 
 
 def _layers(

@@ -1,7 +1,8 @@
-"""Mixtures of multiply and shift on a GPU: tokens grouped by expert, each linear layer one launch for both experts.
+"""Mixtures of multiply and shift on tokens grouped by expert: each linear layer is one operator for both experts.
 
-The experts run as modules, by `dispatch`, wherever that would not give what they give: in a graph that is exported or
-traced, on devices and dtypes that the kernels do not take, for other experts, other MLPs than timm's (or one with a
+So they run on a GPU, one launch per layer, and in compiled graphs of a CPU, which could not cut tensors where the data
+says. The experts run as modules, by `dispatch`, wherever that would not give what they give: in a graph that is
+exported or traced, for dtypes that the kernels do not take, for other experts, other MLPs than timm's (or one with a
 norm, or with parameters in its activation), for parts with hooks, and where dropout is active.
 """
 
@@ -93,7 +94,7 @@ def _parameters(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor |
 
 def _layers(mixture: Mixture, x: Tensor) -> list[tuple[nn.Linear, ShiftLinear]] | None:
     """Return the linear layers of both experts in the order they run, or None if the experts must run as modules."""
-    if mixture.expert_names != ("multiply", "shift") or exporting(x) or not kernels_take(x.device, _dtype(x)):
+    if mixture.expert_names != ("multiply", "shift") or exporting(x) or not _groups(x):
         return None
     if _dtype(x) != mixture.router.weight.dtype and not under_autocast(x):
         return None
@@ -115,6 +116,10 @@ def _layers(mixture: Mixture, x: Tensor) -> list[tuple[nn.Linear, ShiftLinear]] 
     passed_by = [child for child in mixture.modules() if child is not mixture and child is not act]
     hooked = any(child._forward_hooks or child._forward_pre_hooks for child in passed_by)
     return layers if not hooked and all(_inert(child) for child in between) else None
+
+
+def _groups(x: Tensor) -> bool:
+    return kernels_take(x.device, _dtype(x)) or (x.device.type == "cpu" and torch.compiler.is_compiling())
 
 
 def _inert(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrify.ops.shift import reference
+from vitrify.ops.shift.registration import shift_linear_op
 
 
 def order_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -32,15 +32,24 @@ def linear(
     gather: bool,
     scatter: bool,
 ) -> Tensor:
-    """Gather, one product per expert, scatter."""
-    rows = x.index_select(0, order) if gather else x
-    first, second = torch.split(rows, counts.tolist())
-    if exponent is None:
-        shifted = F.linear(second, shift, shift_bias)
-    else:
-        shifted = reference.linear(second, shift, exponent, shift_bias, bits, variant, activations)
-    out = torch.cat((F.linear(first, weight, bias), shifted))
-    return torch.empty_like(out).index_copy_(0, order.long(), out) if scatter else out
+    """Gather, one product per expert, scatter; each expert's results go to their places at once, without a copy."""
+
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    sizes = counts.tolist()
+    places = torch.split(order.long(), sizes)
+    for expert, (tokens, target) in enumerate(zip(torch.split(x, sizes), torch.split(out, sizes), strict=True)):
+        rows = x.index_select(0, places[expert]) if gather else tokens
+        if expert == 0:
+            result = F.linear(rows, weight, bias)
+        elif exponent is None:
+            result = F.linear(rows, shift, shift_bias)
+        else:
+            result = shift_linear_op(rows, shift, exponent, shift_bias, bits, variant, activations)
+        if scatter:
+            out.index_copy_(0, places[expert], result)
+        else:
+            target.copy_(result)
+    return out
 
 
 def gradient(
