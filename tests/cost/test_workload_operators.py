@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vitrify import InputError, UnsupportedError, Workload, convert_, recipes, workload
 from vitrify.cost.elementwise import ELEMENTWISE, REDUCTIONS
-from vitrify.cost.graph import VectorKind
+from vitrify.cost.graph import Operand, VectorKind
 from vitrify.cost.serialise import check_graph
 
 
@@ -180,6 +181,16 @@ def test_control_flow_that_depends_on_data_names_the_module(function, device):
         workload(Nested(function).to(device), (3, 8, 8))
 
 
+def squeezed(graph: Workload) -> Workload:
+    """On a CPU, torch 2.11 multiplies LeViT's one image as a batch of one: operands' shapes then start with a 1."""
+
+    def short(operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
+        return tuple(replace(each, shape=each.shape[each.shape[:1] == (1,) :]) for each in operands)
+
+    operations = (replace(op, inputs=short(op.inputs), outputs=short(op.outputs)) for op in graph.operations)
+    return replace(graph, operations=tuple(operations))
+
+
 @pytest.mark.parametrize(("name", "recipe"), [("test_vit", None), ("test_vit", "shiftaddvit"), ("levit_128s", None)])
 def test_a_model_on_the_meta_device_gives_the_same_graph(name, recipe):
     def graph(device):
@@ -189,7 +200,7 @@ def test_a_model_on_the_meta_device_gives_the_same_graph(name, recipe):
             convert_(model, recipes.get(recipe))
         return workload(model, model.pretrained_cfg["input_size"])
 
-    assert graph("meta") == graph("cpu")
+    assert squeezed(graph("meta")) == squeezed(graph("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_compile_fullgraph(masked):
     torch.testing.assert_close(compiled(*inputs, mask), core(*inputs, mask), rtol=0, atol=0)
     expected = torch.autograd.grad(core(*inputs, mask).square().sum(), inputs)
     actual = torch.autograd.grad(compiled(*inputs, mask).square().sum(), inputs)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=0)
+    # Not to the bit: torch 2.11 makes the incoming gradient contiguous, and other strides sum in another order.
+    torch.testing.assert_close(actual, expected)
 
 
 def test_compile_fullgraph_sparse_and_squares():

@@ -12,13 +12,13 @@ torch.set_num_threads(1)
 
 
 class Asks(torch.nn.Module):
-    """Adds what `exporting` answers to its input, and keeps the answer."""
+    """Adds 1 to its input if `exporting`, else 2, and keeps the answer."""
 
     answer: bool | None = None
 
     def forward(self, x):
         self.answer = exporting(x)
-        return x + 1
+        return x + (1 if self.answer else 2)
 
 
 def export(model, x):
@@ -45,6 +45,12 @@ def test_a_graph_to_keep_is_told_from_one_to_run(record, answer):
     model = Asks()
     record(model, torch.zeros(2))
     assert model.answer is answer
+
+
+def test_strict_export_keeps_its_graph_too():
+    """Its tracer is that of torch.compile."""
+    program = torch.export.export(Asks(), (torch.zeros(2),), strict=True)
+    assert program.module()(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_binarisers_ask_for_onnx_too(monkeypatch):

@@ -90,7 +90,9 @@ class _FakeQuantise(torch.autograd.Function):
         step = wide.abs().amax(-1, keepdim=True) / levels
         # A step below the smallest number is 0 and leaves nothing to round.
         step = torch.where(step > 0, step, torch.ones_like(step))
-        return (wide / step).round_().mul_(step).to(x.dtype)
+        # A copy: compiled by torch 2.11, what a no-op or an in-place operation returns has no gradient
+        # (pytorch/pytorch#180642).
+        return (wide / step).round_().mul_(step).to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -33,9 +33,10 @@ def fx_leaf(function: Callable[P, R]) -> Callable[P, R]:
 
 def exporting(x: Tensor | Proxy | None = None) -> bool:
     """Say whether a graph to keep is recorded (export, ONNX, jit.trace), or `x` is torch.fx's: for plain ATen calls."""
+    # Dynamo 2.11 takes is_exporting() for True whatever it traces for, and cannot trace torch._C._is_tracing().
     return (
         isinstance(x, Proxy)
-        or torch.compiler.is_exporting()
-        or torch._C._is_tracing()
+        or torch.compiler._is_exporting_flag
+        or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
     )

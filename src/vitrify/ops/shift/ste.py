@@ -34,7 +34,8 @@ class QuantizedTokens(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, kind: str) -> Tensor:
         """Round."""
         values, scale = reference.quantize_tokens(input, kind)
-        return (values.to(scale.dtype) * scale).to(input.dtype)
+        # A copy: compiled by torch 2.11, a result that a no-op returned has no gradient (pytorch/pytorch#180642).
+        return (values.to(scale.dtype) * scale).to(input.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
