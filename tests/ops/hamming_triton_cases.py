@@ -217,7 +217,7 @@ def test_what_the_kernels_leave_to_plain_pytorch(case):
     query, key, value, code = inputs(shape.get(case, (1, 1, 5, 7, 8, 8)), dtype=dtype)
     actual, expected = (run(query, key, value, None, code), aten.forward(query, key, value, None, code, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    x = torch.randn(1, 1, 5, shape.get(case, (8,) * 5)[4], dtype=dtype)
+    x = torch.randn(1, 1, 5, shape.get(case, (8,) * 5)[4], dtype=dtype, device=DEVICE)
     assert torch.equal(triton.threshold_bits(x, x.new_zeros(())), bits.threshold_bits(x, x.new_zeros(())))
 
 
