@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from vitrify import bench
-from vitrify.bench import memory, registry, roofline
+from vitrify.bench import memory, registry, roofline, runner
 from vitrify.bench.registry import Check, Contender, Prepared
 from vitrify.bench.roofline import Cost, Roofline
 from vitrify.bench.table import table
@@ -63,6 +63,21 @@ def test_wrong_and_crashing_contenders_are_refused_and_never_timed(calls):
     assert rows["right"].timed == "single calls"
     assert rows["wrong"].timed is None
     assert rows["right"].peak_mib == 1.5
+
+
+def test_what_fails_only_when_it_is_timed_is_refused_too_whatever_it_raises(calls, monkeypatch):
+    timer = runner._timer
+
+    def failing(contender, inputs, device):
+        if contender.name == "quick":
+            raise AssertionError  # as Inductor does, without a word
+        return timer(contender, inputs, device)
+
+    monkeypatch.setattr(runner, "_timer", failing)
+    rows = {row.contender: row for row in bench.run("fake", [{"size": 1}], seconds=0).rows}
+    assert rows["quick"].refused == "not timed: AssertionError: "
+    assert rows["quick"].timing is None
+    assert rows["right"].timing is not None
 
 
 def test_contenders_are_compared_with_their_baseline_only(calls):

@@ -145,7 +145,8 @@ def rounded_tokens(x: Tensor, rounding: str) -> Tensor:
     if rounding == "float":
         return x
     largest = 127 if rounding == "int8" else 448
-    scale = x.float().abs().amax(-1, keepdim=True) / largest
+    # By a tensor: by a number, a GPU would multiply by its reciprocal, whose rounding turns ties around.
+    scale = x.float().abs().amax(-1, keepdim=True) / torch.full((), float(largest), device=x.device)
     values = x.float() / scale
     rounded = values.round() if rounding == "int8" else values.to(torch.float8_e4m3fn)
     return rounded.double() * scale.double()

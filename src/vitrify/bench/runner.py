@@ -12,7 +12,7 @@ import torch
 from vitrify.bench import gpu_timing, memory, registry, roofline
 from vitrify.bench.machine import Machine, describe
 from vitrify.bench.registry import Case, Check, Contender, Prepared
-from vitrify.bench.timing import Speedup, Timing, single_calls, speedup, take_turns
+from vitrify.bench.timing import Speedup, Timer, Timing, single_calls, speedup, take_turns
 from vitrify.files import write_atomically
 
 Progress = Callable[[str], None]
@@ -139,11 +139,13 @@ def _run_case(benchmark: str, case: Case, *, seconds: float, seed: int, progress
         checks[contender.name] = _check(contender, inputs[0])
     sound = [c for c in prepared.contenders if isinstance(check := checks[c.name], Check) and check.passed]
     progress(f"timing {len(sound)} contenders: {label}")
-    timers = {c.name: single_calls(c.run, inputs, prepared.device) for c in sound}
-    timed = dict.fromkeys(timers, "single calls")
-    if prepared.device.type == "cuda":
-        for c in sound:
-            timers[c.name], timed[c.name] = gpu_timing.timer(c, inputs, prepared.device)
+    timers: dict[str, Timer] = {}
+    timed: dict[str, str] = {}
+    for c in sound:
+        try:
+            timers[c.name], timed[c.name] = _timer(c, inputs, prepared.device)
+        except Exception as error:
+            checks[c.name] = _why(error)
     samples = take_turns(timers, seconds=seconds)
     rows = []
     for contender in prepared.contenders:
@@ -173,8 +175,21 @@ def _run_case(benchmark: str, case: Case, *, seconds: float, seed: int, progress
 def _check(contender: Contender, argument: object) -> Check | str:
     try:
         return contender.check(argument)
-    except RuntimeError as error:  # one contender that cannot run here must not end the others
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # one contender that cannot run here must not end the others, whatever it raises
+        return _why(error)
+
+
+def _timer(contender: Contender, inputs: Sequence[object], device: torch.device) -> tuple[Timer, str]:
+    if device.type != "cuda":
+        return single_calls(contender.run, inputs, device), "single calls"
+    timer, how = gpu_timing.timer(contender, inputs, device)
+    timer(0)
+    return timer, how
+
+
+def _why(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _peak(benchmark: str, case: Case, contender: Contender, prepared: Prepared, argument: object, seed: int) -> float:
