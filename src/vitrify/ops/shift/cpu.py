@@ -3,6 +3,7 @@
 `torch._int_mm` (oneDNN) was the fastest of torch's integer products where this was written, ahead of FBGEMM's and of
 oneDNN's prepacked linear, and returns the int32 sums themselves. It is exact with or without VNNI: lacking that, oneDNN
 adds pairs u8 x s8 in saturating 16 bits, and 2 x 255 x 64 stays below 2^15. Seven powers of two end at 64.
+torch 2.11's product is wrong for a width of 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def linear(
 ) -> Tensor:
     """Return `reference.linear`, with the weight from the cache; int8 gives the same bits faster, if 7 levels do."""
     width = input.shape[-1]
-    if activations == "int8" and input.numel() and width <= WIDEST:
+    if activations == "int8" and input.numel() and 1 < width <= WIDEST:
         integers = cache.recall(
             codes, exponent, (bits, variant, width), lambda: as_integers(codes, exponent, width, bits, variant)
         )
