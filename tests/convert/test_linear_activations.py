@@ -6,6 +6,7 @@ import pytest
 import torch
 from convert_helpers import vit
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitrify import convert_, create_model, load, pack_, save
 from vitrify.convert import LinearSpec, Recipe
@@ -78,6 +79,25 @@ def test_the_shifting_experts_of_a_mixture_take_them(tmp_path, packed):
             mixture.router.bias.zero_()
         save(model, tmp_path / "a")
         assert torch.equal(load(tmp_path / "a")(images), model(images))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_compiled_model_is_one_graph_that_rounds_the_tokens(kind):
+    """For any number of images; Inductor fuses what is rounded in the graph into the norms and activations."""
+    torch.compiler.reset()
+    model, spec = vit().eval(), {**INT8, "activations": kind}
+    convert_(model, Recipe("mine", attention="softmax", projections=spec, mlp=spec))
+    pack_(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for images in (IMAGES, IMAGES.repeat(3, 1, 1, 1)):
+        torch.testing.assert_close(compiled(images), model(images))
+    (graph,) = (found for found in counter.graphs if len(found.graph.nodes))
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("vitrify.shift_linear_rounded") == len(shift_layers(model)) > 0
+    assert "vitrify.shift_linear" not in targets
 
 
 def test_a_convolution_is_refused_them():

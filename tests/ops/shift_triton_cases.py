@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from vitrify.ops import pack_codes, shift_quantize
 from vitrify.ops.shift import reference, triton
+from vitrify.ops.shift.plan import Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -155,7 +156,7 @@ def test_inputs_divided_between_programs(monkeypatch, dtype, activations):
     input, bias = numbers(20, 600, dtype=dtype), numbers(40, seed=2, dtype=dtype)
     codes, exponent = layer(600, 40)
     whole = run(input, codes, exponent, bias, activations=activations)
-    plan = triton.Plan(32, 128, 1)
+    plan = Plan(32, 128, 1)
     monkeypatch.setattr(triton, "plan", lambda *sizes: plan)
     if activations == "float":
         check(input, codes, exponent, bias, 4, "ps")
@@ -252,6 +253,27 @@ def test_quantised_activations(monkeypatch, dtype, bits, variant, activations, r
     # A Hopper adds E4M3 products with 14 bits.
     sums = 0.0 if activations == "int8" else (2**-18 if INTERPRETED else 2**-11) * expected.abs().max()
     assert ((actual.double() - expected.double()).abs() <= rounding + sums).all()
+
+
+@pytest.mark.usefixtures("nan_poison")
+@pytest.mark.parametrize(("activations", "road", "dtype"), ROADS, ids=str)
+@pytest.mark.parametrize(("bits", "variant"), [(4, "ps"), (4, "q"), (6, "ps")])
+@pytest.mark.parametrize("width", [75, 64])
+def test_tokens_that_are_rounded_already(monkeypatch, dtype, bits, variant, activations, road, width):
+    """The definition's values and scales, transposed in memory too, give the bits of the kernels' own."""
+    if road == "memory":
+        monkeypatch.setattr(triton, "MOST_TOKENS", 16)
+    monkeypatch.setattr(triton, "has_e4m3", lambda device: road != "bfloat16")
+    input, bias = numbers(2, 17, width, dtype=dtype), numbers(48, seed=2, dtype=dtype)
+    codes, exponent = layer(width, 48, bits, variant)
+    expected = run(input, codes, exponent, bias, bits, variant, activations)
+    values, scale = (t.to(DEVICE) for t in reference.quantize_tokens(input, activations))
+    rest = (*(t.to(DEVICE) for t in (codes, exponent, bias)), bits, variant, dtype)
+    for laid_out in (values, values.transpose(0, 2).contiguous().transpose(0, 2)):
+        out = triton.rounded_linear(laid_out, scale, *rest).cpu()
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+    assert triton.rounded_linear(values[:, :0], scale[:, :0], *rest).shape == (2, 0, 48)
 
 
 @pytest.mark.parametrize("activations", ["float", "int8", "float8"])

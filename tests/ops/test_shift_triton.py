@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", rea
 
 from vitrify.ops.ahead_of_time import compiled, recorded_launches  # noqa: E402
 from vitrify.ops.shift import triton  # noqa: E402
+from vitrify.ops.shift.plan import STEP_BYTES  # noqa: E402
 
 CASES = Path(__file__).with_name("shift_triton_cases.py")
 # ViT-Ti/S/B/L: (in, out) of fc1 and fc2.
@@ -34,8 +35,8 @@ def test_every_case_in_the_interpreter():
     assert "skipped" not in result.stdout
 
 
-def launches(tokens, width, channels, *, dtype=torch.bfloat16, bits=4, variant="ps", activations="float"):
-    """Return the recorded launches of a layer on meta tensors."""
+def launches(tokens, width, channels, *, dtype=torch.bfloat16, bits=4, variant="ps", activations="float", rounded=None):
+    """Return the recorded launches of a layer on meta tensors; of one whose tokens are `rounded`, a dtype, already."""
     inputs, codes, exponent, bias = (
         torch.empty(shape, dtype=kind, device="meta")
         for shape, kind in (
@@ -46,7 +47,11 @@ def launches(tokens, width, channels, *, dtype=torch.bfloat16, bits=4, variant="
         )
     )
     with recorded_launches() as found:
-        out = triton.linear(inputs, codes, exponent, bias, bits, variant, activations)
+        if rounded is None:
+            out = triton.linear(inputs, codes, exponent, bias, bits, variant, activations)
+        else:
+            scale = torch.empty(tokens, 1, device="meta")
+            out = triton.rounded_linear(inputs.to(rounded), scale, codes, exponent, bias, bits, variant, dtype)
     assert out.shape == (tokens, channels)
     return found
 
@@ -62,7 +67,7 @@ def test_the_plan_covers_every_input_once(layer, item_bytes, processors):
         chunks = -(-width // share)
         assert chunks * share >= width > (chunks - 1) * share
         assert width % plan.block_in == 0  # no masks at these widths
-        assert plan.block_tokens * plan.block_in * item_bytes <= triton.STEP_BYTES
+        assert plan.block_tokens * plan.block_in * item_bytes <= STEP_BYTES
         tiles = -(-tokens // plan.block_tokens) * (channels // triton.BLOCK_OUT)
         assert chunks == 1 or tiles * chunks <= processors
 
@@ -93,6 +98,23 @@ def test_the_plan_divides_only_what_is_long_and_leaves_processors_idle():
 )
 def test_which_kernels_make_up_a_layer(tokens, activations, bits, expected):
     assert [launch.name for launch in launches(tokens, 768, 3072, bits=bits, activations=activations)] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "bits", "expected"),
+    [
+        (64, torch.float8_e4m3fn, 5, ["multiply_kernel"]),
+        (513, torch.float8_e4m3fn, 5, ["decode_kernel"]),
+        (513, torch.float8_e4m3fn, 6, ["multiply_kernel"]),
+        (64, torch.int8, 4, ["multiply_kernel"]),
+        (513, torch.int8, 4, ["decode_kernel", "combine_kernel"]),
+        (513, torch.int8, 5, []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [768, 75])
+def test_rounded_tokens_are_not_rounded_again(tokens, kind, bits, expected, width):
+    assert [launch.name for launch in launches(tokens, width, 3072, bits=bits, rounded=kind)] == expected
 
 
 def test_float8_without_e4m3_and_odd_outputs_take_the_first_path(monkeypatch):

@@ -23,6 +23,14 @@ def available(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_properties(device).major >= 8
 
 
+def converts_e4m3(device: torch.device) -> bool:
+    """Say whether the GPU `device` has instructions that round to E4M3, without which Triton does not."""
+    if not torch.cuda.is_available():
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) >= (8, 9)
+
+
 def interpreting() -> bool:
     """Say whether Triton interprets its kernels, on tensors of any device."""
     return INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vitrify.errors import InputError
+from vitrify.ops import gpu
 from vitrify.ops.autocast import under_autocast
 from vitrify.ops.shift import packing, reference, validation
-from vitrify.ops.shift.registration import shift_linear_op
+from vitrify.ops.shift.registration import shift_linear_op, shift_linear_rounded_op
 from vitrify.ops.shift.ste import QuantizedTokens, StraightThrough
 from vitrify.ops.tracing import exporting, fx_leaf
 
@@ -105,6 +106,7 @@ def shift_linear(
 
     activations "float": the bits of F.linear. "int8" and "float8" round each token first, on a scale of its own
     (symmetric int8, or E4M3): "int8" sums integers exactly, "float8" in float32. Their gradient is that of "float".
+    Compiled without gradients, the rounding is fused into the norm or the activation in front; README.md has the bits.
 
     Raises InputError (shapes, dtypes, devices, bits, variant, activations).
     """
@@ -115,8 +117,12 @@ def shift_linear(
     validation.check_format(bits, variant)
     validation.check_activations(activations)
     validation.check_linear(input, codes, exponent, bias, bits, variant)
-    run = reference.linear if exporting() else shift_linear_op
-    return run(input, codes, exponent, bias, bits, variant, activations)
+    if exporting():
+        return reference.linear(input, codes, exponent, bias, bits, variant, activations)
+    if activations != "float" and _rounds_in_the_graph(input, bias, bits, activations):
+        values, scale = _rounded_in_the_graph(input, activations)
+        return shift_linear_rounded_op(values, scale, codes, exponent, bias, bits, variant, input.dtype)
+    return shift_linear_op(input, codes, exponent, bias, bits, variant, activations)
 
 
 @fx_leaf
@@ -146,6 +152,31 @@ def quantize_tokens_ste(input: Tensor, activations: str) -> Tensor:
         return input
     out: Tensor = QuantizedTokens.apply(input.to(_dtype_in_linear(input)), activations)
     return out
+
+
+def _rounds_in_the_graph(input: Tensor, bias: Tensor | None, bits: int, activations: str) -> bool:
+    """Say whether plain calls, which torch.compile fuses into what precedes them, are to round the tokens.
+
+    Not where gradients are wanted, which are those of the unrounded input; nor float64.
+    """
+    if not torch.compiler.is_compiling() or input.dtype == torch.float64:
+        return False
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    if input.device.type == "cpu":
+        return True
+    # Weights of 6 bits meet E4M3 values in bfloat16, as the kernel that rounds them writes them.
+    return gpu.available(input.device) and (activations == "int8" or (bits < 6 and gpu.converts_e4m3(input.device)))
+
+
+def _rounded_in_the_graph(input: Tensor, activations: str) -> tuple[Tensor, Tensor]:
+    """Return `reference.quantize_tokens` in calls that suit a compiler."""
+    if input.device.type == "cpu":
+        # Its loops would compute a GELU twice, for the scales and for the values: strides make them keep it.
+        input = input.as_strided(input.shape, input.stride())
+    values, scale = reference.quantize_tokens(input, activations)
+    # The values of a token with an infinity hold NaN, of which a compiler may make any int8.
+    return values, scale.masked_fill(scale.isinf(), float("nan"))
 
 
 def _dtype_in_linear(input: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ torch 2.11's product is wrong for a width of 1.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitrify.ops.shift import cache, reference
@@ -22,15 +23,32 @@ def linear(
     input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
     """Return `reference.linear`, with the weight from the cache; int8 gives the same bits faster, if 7 levels do."""
-    width = input.shape[-1]
-    if activations == "int8" and input.numel() and 1 < width <= WIDEST:
+    if activations == "float":
+        return F.linear(input, weight(codes, exponent, input.shape[-1], bits, variant, input.dtype), bias)
+    values, scale = reference.quantize_tokens(input, activations)
+    return rounded_linear(values, scale, codes, exponent, bias, bits, variant, input.dtype)
+
+
+def rounded_linear(
+    values: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return `reference.rounded_linear`, the same way."""
+    width = values.shape[-1]
+    if values.dtype == torch.int8 and values.numel() and 1 < width <= WIDEST:
         integers = cache.recall(
             codes, exponent, (bits, variant, width), lambda: as_integers(codes, exponent, width, bits, variant)
         )
         if integers is not None:
-            return _integer_linear(input, *integers, bias)
-    dtype = reference.weight_dtype(input.dtype, activations)
-    return reference.linear_by(input, weight(codes, exponent, width, bits, variant, dtype), bias, activations)
+            return _integer_linear(values, scale, *integers, bias, dtype)
+    decoded = weight(codes, exponent, width, bits, variant, reference.weight_dtype(values, scale))
+    return reference.rounded_linear_by(values, scale, decoded, bias, dtype)
 
 
 def weight(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str, dtype: torch.dtype) -> Tensor:
@@ -57,8 +75,9 @@ def as_integers(codes: Tensor, exponent: Tensor, width: int, bits: int, variant:
     return integers.to(torch.int8).t(), unit
 
 
-def _integer_linear(input: Tensor, integers: Tensor, unit: Tensor, bias: Tensor | None) -> Tensor:
-    values, scale = reference.quantize_tokens(input, "int8")
-    sums = torch._int_mm(values.reshape(-1, values.shape[-1]), integers).view(*input.shape[:-1], len(unit))
+def _integer_linear(
+    values: Tensor, scale: Tensor, integers: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    sums = torch._int_mm(values.reshape(-1, values.shape[-1]), integers).view(*values.shape[:-1], len(unit))
     out = sums.to(scale.dtype).mul_(unit).mul_(scale)
-    return (out if bias is None else out.add_(bias)).to(input.dtype)
+    return (out if bias is None else out.add_(bias)).to(dtype)

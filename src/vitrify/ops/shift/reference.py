@@ -149,24 +149,36 @@ def linear(
     "float": F.linear on the decoded weight. "int8": the exact sum of integers times powers of two, rounded to float32
     once, times the token's scale, plus the bias. "float8": the same on E4M3 values, with sums in float32.
     """
-    dtype = weight_dtype(input.dtype, activations)
-    return linear_by(input, decoded(codes, exponent, input.shape[-1], bits, variant, dtype), bias, activations)
-
-
-def weight_dtype(dtype: torch.dtype, activations: str) -> torch.dtype:
-    """Return the dtype that inputs of `dtype` are multiplied in."""
-    if activations == "int8":
-        # In units of a channel's least power the sum stays below 127 2^30 in: float64 holds it exactly to in = 2^16.
-        return torch.float64
-    return torch.float32 if activations == "float8" and dtype != torch.float64 else dtype
-
-
-def linear_by(input: Tensor, weight: Tensor, bias: Tensor | None, activations: str) -> Tensor:
-    """Return the layer's output by a decoded weight (out, in) in the `weight_dtype` of the input."""
     if activations == "float":
-        return F.linear(input, weight, bias)
+        return F.linear(input, decoded(codes, exponent, input.shape[-1], bits, variant, input.dtype), bias)
     values, scale = quantize_tokens(input, activations)
-    with without_autocast(input):
+    return rounded_linear(values, scale, codes, exponent, bias, bits, variant, input.dtype)
+
+
+def rounded_linear(
+    values: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the layer's output in `dtype` for tokens that `quantize_tokens` has rounded."""
+    weight = decoded(codes, exponent, values.shape[-1], bits, variant, weight_dtype(values, scale))
+    return rounded_linear_by(values, scale, weight, bias, dtype)
+
+
+def weight_dtype(values: Tensor, scale: Tensor) -> torch.dtype:
+    """Return the dtype that rounded tokens are multiplied in."""
+    # In units of a channel's least power int8 sums stay below 127 2^30 in: float64 holds them exactly to in = 2^16.
+    return torch.float64 if values.dtype == torch.int8 else scale.dtype
+
+
+def rounded_linear_by(values: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return `rounded_linear` by a decoded weight (out, in) in the tokens' `weight_dtype`."""
+    with without_autocast(values):
         sums = F.linear(values.to(weight.dtype), weight)
     out = sums.to(scale.dtype) * scale
-    return (out if bias is None else out + bias).to(input.dtype)
+    return (out if bias is None else out + bias).to(dtype)

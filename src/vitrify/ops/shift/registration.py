@@ -1,24 +1,35 @@
-"""The registered op `vitrify::shift_linear`: kernels, shapes for fake tensors, gradients for the input and the bias.
+"""The registered ops: kernels, shapes for fake tensors, gradients.
 
-`codes` are packed; `bits` and `variant` say how to read them. The backward is made of plain differentiable calls and
-is straight-through: quantised activations get the gradient that the float ones would have had.
+`vitrify::shift_linear` is the layer. Its backward, for the input and the bias, is made of plain differentiable calls
+and straight-through: quantised activations get the gradient that the float ones would have had.
+`vitrify::shift_linear_rounded` is what follows the rounding of the tokens, for graphs that hold the rounding as plain
+calls, and has no derivative. `codes` are packed; `bits` and `variant` say how to read them.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitrify.errors import UnsupportedError
 from vitrify.ops import gpu
 from vitrify.ops.shift import cpu, reference
 
 NAME = "vitrify::shift_linear"
+ROUNDED = "vitrify::shift_linear_rounded"
 
 torch.library.define(
     NAME,
     "(Tensor input, Tensor codes, Tensor exponent, Tensor? bias, int bits, str variant, str activations) -> Tensor",
+)
+# values (..., in), int8 or E4M3, and scale (..., 1) are `reference.quantize_tokens`'s; the result is of `dtype`.
+torch.library.define(
+    ROUNDED,
+    "(Tensor values, Tensor scale, Tensor codes, Tensor exponent, Tensor? bias, int bits, str variant,"
+    " ScalarType dtype) -> Tensor",
 )
 
 
@@ -40,8 +51,7 @@ def _(
 def _(
     input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
-    kernels = gpu.kernels("shift.triton") if gpu.available(input.device) else reference
-    out: Tensor = kernels.linear(input, codes, exponent, bias, bits, variant, activations)
+    out: Tensor = _kernels(input).linear(input, codes, exponent, bias, bits, variant, activations)
     return out
 
 
@@ -71,9 +81,56 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
 torch.library.register_autograd(NAME, _backward, setup_context=_setup_context)
 
 
+@torch.library.impl(ROUNDED, "default")
+def _(*arguments: Any) -> Tensor:
+    return reference.rounded_linear(*arguments)
+
+
+@torch.library.impl(ROUNDED, "cpu")
+def _(*arguments: Any) -> Tensor:
+    return cpu.rounded_linear(*arguments)
+
+
+@torch.library.impl(ROUNDED, "cuda")
+def _(values: Tensor, *arguments: Any) -> Tensor:
+    out: Tensor = _kernels(values).rounded_linear(values, *arguments)
+    return out
+
+
+@torch.library.register_fake(ROUNDED)  # type: ignore[untyped-decorator]
+def _(
+    values: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return values.new_empty(*values.shape[:-1], codes.shape[0], dtype=dtype)
+
+
+def _no_derivative(*_: Any) -> None:
+    raise UnsupportedError("tokens that are rounded already have no gradient: call shift_linear on the floats")
+
+
+torch.library.register_autograd(ROUNDED, _no_derivative)
+
+
 def shift_linear_op(
     input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
     """Call the registered op."""
     out: Tensor = torch.ops.vitrify.shift_linear(input, codes, exponent, bias, bits, variant, activations)
     return out
+
+
+def shift_linear_rounded_op(values: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
+    """Call the registered op."""
+    out: Tensor = torch.ops.vitrify.shift_linear_rounded(values, scale, *arguments)
+    return out
+
+
+def _kernels(tensor: Tensor) -> ModuleType:
+    return gpu.kernels("shift.triton") if gpu.available(tensor.device) else reference

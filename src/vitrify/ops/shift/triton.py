@@ -7,7 +7,6 @@ gives the same bits. Nothing reads a value back from the GPU, so a CUDA graph ca
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor
 from vitrify.ops import gpu
 from vitrify.ops.launch import adjacent, processors
 from vitrify.ops.shift import reference
+from vitrify.ops.shift.plan import BLOCK_OUT, plan
 from vitrify.ops.shift.triton_kernels import combine_kernel, decode_kernel, multiply_kernel, quantize_kernel
 
 # Up to this many tokens codes are decoded in registers, above it in memory. Derived for an H100, not yet measured, in
@@ -27,17 +27,7 @@ from vitrify.ops.shift.triton_kernels import combine_kernel, decode_kernel, mult
 # clocks at 3.35 TB/s, and takes a launch of 2 us, 0.2 clocks for the 2.4 million weights of a ViT-B's fc1.
 # 0.37 / 0.0007 = 530.
 MOST_TOKENS = 512
-# Tile shapes: output channels, the most tokens, the most inputs of a step, and the most bytes of inputs of a step, so
-# that four steps fit the 100 KB that every GPU since compute capability 8.0 has.
-BLOCK_OUT, BLOCK_TOKENS, BLOCK_IN, STEP_BYTES = 64, 128, 128, 2**14
-# The same for float32, whose three parts need registers, and for rows that wide loads cannot take: addresses need them.
-BLOCK_TOKENS_FLOAT32, STEP_BYTES_FLOAT32 = 64, 2**13
-BLOCK_TOKENS_RAGGED, BLOCK_IN_RAGGED = 32, 32
 STAGES = 4
-# What dividing the inputs between programs saves and costs in microseconds, for an H100 again: a step (450
-# instructions of each of 4 warps, 0.25 us, of which other programs hide a part); one more launch; partial sums, which
-# cross 3 TB/s twice.
-STEP_US, LAUNCH_US, BYTES_PER_US = 0.2, 2.0, 3e6
 # Codes that a program of the decoder takes, and of a channel at most; inputs that one of the rounding takes at a time,
 # and channels of a token that one of the joining kernel takes.
 TILE_DECODED, BLOCK_DECODED, BLOCK_ROUNDED, BLOCK_COMBINED = 4096, 512, 1024, 512
@@ -51,40 +41,6 @@ TYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.int8: tl.int8,
 }
-
-
-class Plan(NamedTuple):
-    """How to multiply with codes in registers: a tile's tokens, the inputs of a step, and the steps of a program."""
-
-    block_tokens: int
-    block_in: int
-    steps: int
-
-
-@functools.lru_cache(4096)
-def plan(tokens: int, width: int, channels: int, item_bytes: int, processors: int) -> Plan:
-    """Return the tiles for (tokens, width) inputs of `item_bytes` each and `channels` outputs.
-
-    The inputs are divided between programs where that shortens the chain of steps by more than joining them costs.
-    """
-    single = item_bytes == 4
-    most, step_bytes = (BLOCK_TOKENS_FLOAT32, STEP_BYTES_FLOAT32) if single else (BLOCK_TOKENS, STEP_BYTES)
-    widest = BLOCK_IN
-    if width % 32:
-        most, widest = BLOCK_TOKENS_RAGGED, BLOCK_IN_RAGGED
-    block_tokens = min(max(triton.next_power_of_2(tokens), 16), most)
-    block_in = min(widest, step_bytes // (block_tokens * item_bytes))
-    if width % block_in and width % 64 == 0:
-        block_in = 64  # without masks
-    steps: int = triton.cdiv(width, block_in)
-    tiles: int = triton.cdiv(tokens, block_tokens) * triton.cdiv(channels, BLOCK_OUT)
-
-    def cost(chunks: int) -> float:
-        join: float = LAUNCH_US + 8 * chunks * tokens * channels / BYTES_PER_US
-        return -(-steps // chunks) * STEP_US + (join if chunks > 1 else 0.0)
-
-    chunks: int = min(range(1, max(1, min(processors // tiles, steps)) + 1), key=cost)
-    return Plan(block_tokens, block_in, triton.cdiv(steps, chunks))
 
 
 def power_shift(bits: int, variant: str, kind: torch.dtype) -> int | None:
@@ -101,22 +57,16 @@ def power_shift(bits: int, variant: str, kind: torch.dtype) -> int | None:
 
 
 def linear(
-    input: Tensor,
-    codes: Tensor,
-    exponent: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    variant: str,
-    activations: str,
+    input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
     """Return what `reference.linear` does, by one of three paths that the shapes and the device pick.
 
     latency     up to MOST_TOKENS tokens: the codes are decoded in registers, as the left operand of the tensor cores,
                 so that 4 bits per weight are read. Sums are float32 (float32 inputs too: no TF32 but exact products).
                 For few output tiles the inputs are divided between programs, joined in a fixed order by a second launch
-    throughput  "float8" and "int8", more tokens: tokens are rounded by a kernel, weights decoded to E4M3 or int8, which
-                hold them exactly, and multiplied by torch's scaled or integer product. It can tie FP8 or INT8
-                multiplication and never beat it: that is what it runs
+    throughput  "float8" and "int8", more tokens: tokens are rounded by a kernel (unless they come to `rounded_linear`),
+                weights decoded to E4M3 or int8, which hold them exactly, and multiplied by torch's scaled or integer
+                product. It can tie FP8 or INT8 multiplication and never beat it: that is what it runs
     exact       "float", more tokens, and float64: the codes are decoded to the input's dtype, for cuBLAS. The bits of
                 F.linear
 
@@ -124,25 +74,45 @@ def linear(
     E4M3 values in bfloat16 through the first path, at any number of tokens. The plain formula stays for: "int8" codes
     of more than 7 levels, quantised float64, and empty tensors.
     """
-    tokens, channels = input.numel() // max(input.shape[-1], 1), codes.shape[0]
-    wide = input.dtype == torch.float64
-    kind = torch.int8 if activations == "int8" else torch.float8_e4m3fn
-    shift = 0 if activations == "float" else power_shift(bits, variant, kind)
-    if tokens * channels * input.shape[-1] == 0:
+    width, channels = input.shape[-1], codes.shape[0]
+    tokens, wide = input.numel() // max(width, 1), input.dtype == torch.float64
+    if tokens * channels * width == 0:
         return reference.linear(input, codes, exponent, bias, bits, variant, "float")
-    if activations != "float" and (wide or (activations == "int8" and shift is None)):
-        return reference.linear(input, codes, exponent, bias, bits, variant, activations)
     codes, exponent, bias = adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
-    if activations == "float" and (wide or tokens > MOST_TOKENS):
-        return F.linear(input, decoded(codes, exponent, input.shape[-1], bits, variant, input.dtype), bias)
-    rows = adjacent(input.reshape(-1, input.shape[-1]))
-    if activations == "float":
-        out = _multiply(rows, codes, exponent, None, bias, bits, variant, None, rows.shape[1], input.dtype)
-    else:
-        if kind == torch.float8_e4m3fn and (shift is None or not has_e4m3(input.device)):
-            kind, shift = torch.bfloat16, None
-        out = _quantized(rows, codes, exponent, bias, bits, variant, kind, shift)
+    if activations != "float":
+        kind = _value_type(torch.int8 if activations == "int8" else torch.float8_e4m3fn, bits, variant, input.device)
+        if wide or kind is None:
+            return reference.linear(input, codes, exponent, bias, bits, variant, activations)
+        rows = adjacent(input.reshape(-1, width))
+        values, scale = quantize_tokens(rows, kind, _padded(width), reference.LARGEST[activations])
+        out = _quantized(values, scale, codes, exponent, bias, bits, variant, width, input.dtype)
+        return out.view(*input.shape[:-1], channels)
+    if wide or tokens > MOST_TOKENS:
+        return F.linear(input, decoded(codes, exponent, width, bits, variant, input.dtype), bias)
+    rows = adjacent(input.reshape(-1, width))
+    out = _multiply(rows, codes, exponent, None, bias, bits, variant, None, width, input.dtype)
     return out.view(*input.shape[:-1], channels)
+
+
+def rounded_linear(
+    values: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    exponent: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what `reference.rounded_linear` does, by the paths that `linear` takes from there."""
+    width, channels = values.shape[-1], codes.shape[0]
+    kind = _value_type(values.dtype, bits, variant, values.device)
+    if values.numel() * channels == 0 or scale.dtype == torch.float64 or kind is None:
+        return reference.rounded_linear(values, scale, codes, exponent, bias, bits, variant, dtype)
+    codes, exponent, bias = adjacent(codes), exponent.contiguous(), None if bias is None else bias.contiguous()
+    rows, scale = values.reshape(-1, width).to(kind).contiguous(), scale.flatten().contiguous()
+    out = _quantized(rows, scale, codes, exponent, bias, bits, variant, width, dtype)
+    return out.view(*values.shape[:-1], channels)
 
 
 def decoded(
@@ -175,34 +145,36 @@ def quantize_tokens(rows: Tensor, kind: torch.dtype, padded: int, largest: int) 
 
 
 def _quantized(
-    rows: Tensor,
+    values: Tensor,
+    scale: Tensor,
     codes: Tensor,
     exponent: Tensor,
     bias: Tensor | None,
     bits: int,
     variant: str,
-    kind: torch.dtype,
-    shift: int | None,
+    width: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Round the tokens to `kind` and multiply: `shift` is None where the weights are decoded to bfloat16."""
-    (tokens, width), channels = rows.shape, codes.shape[0]
-    padded = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
-    values, scale = quantize_tokens(rows, kind, padded, reference.LARGEST["int8" if kind == torch.int8 else "float8"])
+    """Multiply rounded tokens: values (tokens, width or padded) of a `_value_type`, scale (tokens,)."""
+    kind, tokens, channels, padded = values.dtype, values.shape[0], codes.shape[0], _padded(width)
+    shift = None if kind == torch.bfloat16 else power_shift(bits, variant, kind)
     if shift is None or tokens <= MOST_TOKENS or channels % ALIGNMENT:
-        return _multiply(values, codes, exponent, scale, bias, bits, variant, shift, width, rows.dtype)
+        return _multiply(values, codes, exponent, scale, bias, bits, variant, shift, width, dtype)
+    if values.shape[1] < padded:
+        values = F.pad(values, (0, padded - width))
     powers = scale.new_empty(1, channels)
     weight = _decode(codes, exponent, powers, width, padded, bits, variant, kind, shift)
     if kind == torch.int8:
         sums = torch._int_mm(values, weight.t())
-    elif rows.dtype == torch.bfloat16:
+    elif dtype == torch.bfloat16:
         # Scales of rows and columns are taken for this dtype only.
         return torch._scaled_mm(
             values, weight.t(), scale[:, None], powers, bias, out_dtype=torch.bfloat16, use_fast_accum=False
         )
     else:
-        one = torch.ones((), device=rows.device)
+        one = torch.ones((), device=values.device)
         sums = torch._scaled_mm(values, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
-    return _combine(sums[None], exponent, scale, bias, shift, rows.dtype)
+    return _combine(sums[None], exponent, scale, bias, shift, dtype)
 
 
 def _multiply(
@@ -279,6 +251,18 @@ def _decode(
             BITS=bits, PS=variant == "ps", SHIFT=shift, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return weight
+
+
+def _padded(width: int) -> int:
+    padded: int = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
+    return padded
+
+
+def _value_type(kind: torch.dtype, bits: int, variant: str, device: torch.device) -> torch.dtype | None:
+    """Return what holds values of `kind`, int8 or E4M3, in a product with such codes; None where there is none."""
+    if power_shift(bits, variant, kind) is None:
+        return None if kind == torch.int8 else torch.bfloat16
+    return kind if kind == torch.int8 or has_e4m3(device) else torch.bfloat16
 
 
 @functools.cache
