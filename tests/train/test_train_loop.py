@@ -87,11 +87,13 @@ def test_fp16_keeps_its_loss_scale_over_a_resume(tmp_path):
     with pytest.raises(ConnectionAbortedError):
         finetune(tiny_vit(sparse()), Stopping(config, Blobs(32)), config, tmp_path)
     state = next((tmp_path / "checkpoint").glob("*/state.json"))
-    assert json.loads(state.read_text())["scaler"]["scale"] == 65536
-    state.write_text(state.read_text().replace("65536", "1024"))
+    saved = json.loads(state.read_text())
+    assert saved["scaler"]["scale"] > 1024  # 65,536 at first, halved at every overflow
+    saved["scaler"]["scale"] = 1024.0
+    state.write_text(json.dumps(saved))
     train(tiny_vit(sparse()), config, tmp_path)
     state = next((tmp_path / "checkpoint").glob("*/state.json"))
-    assert json.loads(state.read_text())["scaler"]["scale"] == 1024
+    assert json.loads(state.read_text())["scaler"]["scale"] <= 1024
 
 
 def test_averaged_weights_are_what_is_evaluated_and_saved(tmp_path):
