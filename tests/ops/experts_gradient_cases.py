@@ -1,7 +1,7 @@
 """The Triton kernel of mixtures' weight gradients against float64: interpreted if TRITON_INTERPRET=1, else on the GPU.
 
 `test_experts_gradient.py` runs this file in a process of its own, because Triton decides at import whether it
-interprets; `test_experts_triton_gpu.py` imports its tests.
+interprets; `test_experts_gradient_gpu.py` imports its tests.
 """
 
 from __future__ import annotations

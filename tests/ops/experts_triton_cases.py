@@ -22,7 +22,7 @@ from vitrify.ops.shift.reference import decoded
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter's tl.dot reads bfloat16 as integers.
-DTYPES = [torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 FORMATS = [(4, "ps"), (3, "q"), (5, "q"), (6, "ps")]
 
 # (tokens, width, columns): widths that tiles divide and others, more tokens than one program of each kernel takes

@@ -85,13 +85,16 @@ def test_tiles_grow_with_the_tokens():
     assert found[-1] == 256
     assert tiles(64, 3072, 768, 132, packed=True).tokens == 16
     assert tiles(12_608, 33, 3072, 132, packed=False).tokens == 32
+    single = {tiles(2**n, width, 3072, 132, packed=False, dtype=FP32).tokens for n in range(16) for width in (33, 768)}
+    assert single == {16, 64, 128}
 
 
 @functools.cache
 def product(arch, tile, width, bits, variant, dtype, packed):
     """Compile the product with a given tile, one that `tiles` gives."""
     counts = [2**n for n in range(16)]
-    assert tile in {tiles(n, width, outputs, 132, packed=packed) for n in counts for outputs in (768, 3072)}
+    given = (tiles(n, width, outputs, 132, packed=packed, dtype=dtype) for n in counts for outputs in (768, 3072))
+    assert tile in set(given)
     launch = launches(100 if packed else 1000, width, 3072, bits=bits, variant=variant, dtype=dtype)[-1]
     shape = {"BLOCK_M": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.step, "num_warps": tile.warps}
     keywords = launch.keywords | shape | {"WHOLE": width % tile.step == 0}
@@ -99,7 +102,7 @@ def product(arch, tile, width, bits, variant, dtype, packed):
     return compiled(launch._replace(keywords=keywords), arch)
 
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (tile, width, bits, variant, dtype, whether codes are decoded in registers), and the most registers by architecture
 BUDGETS = [
     ((Tiles(256, 128, 64, 8), 768, 4, "ps", BF16, False), {80: 255, 90: 200, 100: 200}),
@@ -110,6 +113,9 @@ BUDGETS = [
     ((Tiles(16, 64, 128, 4), 768, 4, "ps", BF16, True), {80: 104, 90: 104, 100: 104}),
     ((Tiles(128, 64, 64, 4), 320, 6, "q", FP16, True), {80: 255, 90: 168, 100: 128}),
     ((Tiles(32, 64, 64, 4), 33, 6, "q", FP16, True), {80: 224, 90: 216, 100: 184}),
+    ((Tiles(128, 64, 16, 8), 768, 4, "ps", FP32, False), {80: 128, 90: 144, 100: 128}),
+    ((Tiles(64, 64, 16, 4), 768, 4, "ps", FP32, True), {80: 168, 90: 128, 100: 128}),
+    ((Tiles(16, 64, 16, 4), 33, 6, "q", FP32, True), {80: 128, 90: 128, 100: 128}),
 ]
 
 
@@ -121,7 +127,8 @@ def test_the_product_stays_in_its_budget(case, registers, arch):
     assert found.stack == found.local == 0
     assert found.registers <= registers[arch]
     assert found.shared <= SHARED_LIMIT[arch]
-    assert found.tensor_core() == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+    exact = FP32 in case
+    assert found.tensor_core() == ("" if exact else {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch])
 
 
 def test_a_product_by_default():

@@ -6,6 +6,7 @@ that its own choice of kernels and tiles is what gets compiled. Imports Triton.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -145,12 +146,46 @@ def mixture() -> Iterator[Case]:
         *itertools.product((64, 197, 1576, 12_608), ((768, 3072), (3072, 768)), (4,), ("ps",), ("bf16",), ("float",)),
         *itertools.product((197, 1576), ((75, 70),), (6,), ("q",), ("fp16",), ("float", "float8")),
         *itertools.product((197, 12_608), ((768, 3072),), (4,), ("ps",), ("bf16",), ("int8", "float8")),
+        *itertools.product((64, 197, 12_608), ((768, 3072),), (4,), ("ps",), ("fp32",), ("float", "float8")),
+        *itertools.product((197,), ((75, 70),), (6,), ("q",), ("fp32",), ("float",)),
     ]
     for tokens, (width, channels), bits, variant, name, activations in several:
         what = f"{activations}, {bits}-bit {variant}, {name}, ({tokens}, {width}, {channels})"
-        quick = (tokens, width, activations) == (197, 768, "float")
+        quick = (tokens, width, name, activations) == (197, 768, "bf16", "float")
         call = _later(run, (tokens, width, channels), bits, variant, DTYPES[name], activations)
-        yield Case(what, call, quick, _those_with(activations, bits), plain)
+        # In float32 only rounded tokens go through tensor cores.
+        exact = ("linear_kernel",) if (name, activations) == ("fp32", "float") else ()
+        yield Case(what, call, quick, _those_with(activations, bits), (*plain, *exact))
+
+
+def mixture_training() -> Iterator[Case]:
+    """Both passes of an MLP's layers and of lone ones, in float32 without tensor cores and with TF32."""
+    triton, derivative = gpu.kernels("experts.triton"), gpu.kernels("experts.triton_gradient")
+
+    def run(shape: tuple[int, int, int], dtype: torch.dtype, tf32: bool, gather: bool, scatter: bool) -> None:
+        tokens, width, channels = shape
+        order, counts = (_meta(size, dtype=torch.int32) for size in (tokens, 2))
+        x, grad = _meta(tokens, width, dtype=dtype), _meta(tokens, channels, dtype=dtype)
+        weight, bias = _meta(channels, width, dtype=dtype), _meta(channels, dtype=dtype)
+        across = _meta(width, channels, dtype=dtype)
+        form = (4, "ps", "float")
+        with _tf32(tf32):
+            triton.linear(x, order, counts, weight, bias, weight, None, bias, *form, gather, scatter)
+            triton.linear(grad, order, counts, across, None, across, None, None, *form, scatter, gather)
+            for trained in (1, 2):
+                derivative.gradient(grad, x, order, counts, gather, scatter, trained)
+
+    several = [
+        *itertools.product(((1576, 768, 3072), (12_608, 768, 3072)), ("bf16", "fp32", "tf32"), ((True, False),)),
+        *itertools.product(((1576, 3072, 768), (12_608, 3072, 768)), ("bf16", "fp32", "tf32"), ((False, True),)),
+        *itertools.product(((64, 192, 768), (12_608, 192, 768)), ("bf16", "fp16"), ((True, True),)),
+        *itertools.product(((1576, 75, 70),), ("fp16", "fp32", "tf32"), ((True, False), (False, True))),
+    ]
+    for shape, name, (gather, scatter) in several:
+        what = f"{name}, {shape}, {'gathered' * gather}{' and ' * (gather and scatter)}{'scattered' * scatter}"
+        call = _later(run, shape, DTYPES[name.replace("tf", "fp")], name == "tf32", gather, scatter)
+        plain = ("linear_kernel", "gradient_kernel") if name == "fp32" else ()
+        yield Case(what, call, (shape[0], shape[1], name) == (12_608, 768, "bf16"), plain=plain)
 
 
 # Every primitive with kernels. A new one stands here, and nowhere else.
@@ -159,7 +194,20 @@ PRIMITIVES: dict[str, Callable[[], Iterator[Case]]] = {
     "hamming": hamming,
     "shift": shift,
     "mixture": mixture,
+    "mixture_training": mixture_training,
 }
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Let float32 be multiplied as TF32, or as itself."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _later(function: Callable[..., object], *arguments: object) -> Callable[[], object]:

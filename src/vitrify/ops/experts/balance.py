@@ -33,24 +33,26 @@ def balance_losses(
     """
     _check(p, alpha, noise)
     num_experts = p.shape[1]
-    weights = p.new_tensor(list(alpha))
     q = _smooth_choice(p, 1 / num_experts if noise is None else noise)
     if load == "hard":
         chosen = F.one_hot(p.argmax(1), num_experts)
         p, q = (soft + (chosen - soft).detach() for soft in (p, q))
     elif load != "smooth":
         raise unknown("load", load, LOADS)
-    return _scv(weights * p.sum(0)), _scv(weights * q.sum(0))
+    return _scv(p.sum(0), alpha), _scv(q.sum(0), alpha)
 
 
 def _smooth_choice(p: Tensor, noise: float) -> Tensor:
     """Return q (T, E): the probability that an expert beats the best of the others when its p is shaken by `noise`."""
-    rivals = [p.index_fill(1, torch.tensor([i], device=p.device), -1).amax(1) for i in range(p.shape[1])]
-    q: Tensor = torch.special.ndtr((p - torch.stack(rivals, 1)) / noise)
+    itself = torch.eye(p.shape[1], dtype=torch.bool, device=p.device)
+    rival = p.unsqueeze(1).masked_fill(itself, -1).amax(2)
+    q: Tensor = torch.special.ndtr((p - rival) / noise)
     return q
 
 
-def _scv(values: Tensor) -> Tensor:
+def _scv(sums: Tensor, alpha: Sequence[float]) -> Tensor:
+    # One number at a time: a tensor of them would be copied to a GPU, which waits for that.
+    values = torch.stack([factor * value for factor, value in zip(alpha, sums.unbind(), strict=True)])
     return values.var(correction=0) / values.mean().square()
 
 

@@ -64,9 +64,10 @@ def tiles(
     largest = 32 if not aligned else 128 if packed or twice or single else 256
     best = min((block for block in (16, 32, 64, 128, 256) if block <= largest), key=time)
     if single:
-        # Without tensor cores, a step's inputs go through registers; ptxas spills some of those of 32 aligned tokens.
+        # Without tensor cores, a step's inputs go through registers; ptxas spills some of those of 32 tokens.
         step = 32 if precision(dtype) == "tf32" else 16
-        return Tiles(64 if aligned and best == 32 else best, channels, step, 8 if best == 128 else 4)
+        best = (64 if aligned else 16) if best == 32 else best
+        return Tiles(best, channels, step, 8 if best == 128 else 4)
     return Tiles(best, channels, 128 if packed and aligned and best <= 64 else 64, 4 if packed else 8)
 
 

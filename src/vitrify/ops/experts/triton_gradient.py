@@ -37,9 +37,9 @@ def tiles(width: int, columns: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 32, 16, 4)  # rows begin anywhere: each entry has an address of its own, in registers
     if dtype == torch.float32:
         return Tiles(64, 64, 32 if precision(dtype) == "tf32" else 16, 4)
-    # 64 where the last tile of 128 would be less than half full.
-    wide, high = (64 if 0 < size % 128 <= 64 else 128 for size in (columns, width))
-    return Tiles(wide, high, 64, 8 if wide * high > 64 * 64 else 4)
+    if any(0 < size % 128 <= 64 for size in (width, columns)):
+        return Tiles(64, 64, 64, 4)  # the last tile of 128 would be half empty; ptxas spills some of 64 x 128
+    return Tiles(128, 128, 64, 8)
 
 
 @functools.lru_cache(4096)
@@ -71,7 +71,7 @@ def gradient(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         gradient_kernel[grid](
             grad, grad.stride(0), x, x.stride(0), order, counts, weights, biases, width, columns, count,
-            TRAINED=trained, GATHER=gather, SCATTER=scatter, PRECISION=precision(x.dtype),
+            trained, GATHER=gather, SCATTER=scatter, PRECISION=precision(x.dtype),
             BLOCK_N=tile.columns, BLOCK_K=tile.inputs, BLOCK_M=tile.step,
             num_warps=tile.warps, num_stages=5, enable_fp_fusion=True,
         )  # fmt: skip

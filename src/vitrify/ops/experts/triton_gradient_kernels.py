@@ -10,16 +10,16 @@ import triton.language as tl
 from vitrify.ops.experts.triton_kernels import row_of
 
 
-@triton.jit(do_not_specialize=("shares",))
+@triton.jit(do_not_specialize=("shares", "trained"))
 def gradient_kernel(
-    grad, grad_stride, x, x_stride, order, counts, weights, biases, width, columns, shares,
-    TRAINED: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    grad, grad_stride, x, x_stride, order, counts, weights, biases, width, columns, shares, trained,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of a weight (BLOCK_N, BLOCK_K), share of its expert's tokens, and expert: this is the grid.
 
-    Behind the last tile of inputs comes one that stands for the bias. weights: (shares, TRAINED, columns, width), of
-    the first TRAINED experts; biases: (shares, 2, columns). GATHER: x has the tokens in their own order, else in the
+    Behind the last tile of inputs comes one that stands for the bias. weights: (shares, trained, columns, width), of
+    the first `trained` experts; biases: (shares, 2, columns). GATHER: x has the tokens in their own order, else in the
     groups'; SCATTER: so has grad. An expert without tokens gets zeros.
     """
     input_tiles = tl.cdiv(width, BLOCK_K)
@@ -39,14 +39,14 @@ def gradient_kernel(
             tile = token_tile(grad, grad_stride, order, start, end, column, columns, SCATTER, BLOCK_M)
             bias += tl.sum(tile.to(tl.float32), 0)
         tl.store(biases + (part * 2 + expert) * columns + column, bias.to(biases.dtype.element_ty), column < columns)
-    elif expert < TRAINED:
+    elif expert < trained:
         input = input_tile * BLOCK_K + tl.arange(0, BLOCK_K)
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in range(begin, end, BLOCK_M):
             outputs = token_tile(grad, grad_stride, order, start, end, column, columns, SCATTER, BLOCK_M)
             inputs = token_tile(x, x_stride, order, start, end, input, width, GATHER, BLOCK_M)
             sums = tl.dot(tl.trans(outputs), inputs, sums, input_precision=PRECISION)
-        rows = weights + ((part * TRAINED + expert) * columns + column) * width
+        rows = weights + ((part * trained + expert) * columns + column) * width
         inside = (column < columns)[:, None] & (input < width)[None, :]
         tl.store(rows[:, None] + input[None, :], sums.to(weights.dtype.element_ty), inside)
 
