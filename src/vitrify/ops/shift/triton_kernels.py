@@ -68,7 +68,8 @@ def weights_of(codes, exponent, BITS: tl.constexpr, PS: tl.constexpr, KIND: tl.c
             # Level 0, which "q" has, is the subnormal 2^-7 there.
             ONES: tl.constexpr = 0x10001 if BITS == 4 else 1
             some = ((bits >> 3) & (TOP * ONES)) + TOP * ONES
-            bits += (~some & ((TOP + 1) * ONES)) >> (BITS - 3)
+            # Not ~some: with NumPy 2, the interpreter of Triton 3.6 has no inverse of unsigned numbers.
+            bits += ((some & ((TOP + 1) * ONES)) ^ ((TOP + 1) * ONES)) >> (BITS - 3)
         result = separate(bits, BITS, tl.uint8).to(tl.float8e4nv, bitcast=True)
     elif KIND == tl.int8:
         codes = separate(codes * 0x1001, BITS, tl.uint16).to(tl.int32)
