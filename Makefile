@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CONSTRAINTS := constraints.txt
 
-.PHONY: help demo demo-3d test test-slow test-kernels lint checkpoint experiments bench bench-gpu clean
+.PHONY: help demo demo-3d test test-oldest test-slow test-kernels lint checkpoint experiments bench bench-gpu clean
 
 help:
 	@echo "make demo         set up, then convert, fine-tune and report on real images (about 6 minutes after set-up)"
 	@echo "make demo-3d      set up, then render views of 3D scenes that no model has seen, by several models, and report"
 	@echo "make test         set up, then the quick tests (about 6 minutes after set-up on 2 cores)"
+	@echo "make test-oldest  the same with torch 2.11 and Triton 3.6, the oldest allowed, in a second environment (.venv-oldest)"
 	@echo "make test-slow    the slow tests"
 	@echo "make test-kernels every GPU kernel compiled for every architecture (an hour, no GPU needed)"
 	@echo "make lint         ruff and mypy --strict"
@@ -18,13 +20,13 @@ help:
 	@echo "make bench-gpu    on an NVIDIA GPU: those that have no result of it yet (hours; resumable)"
 	@echo "make experiments  the tables of experiments/ (hours on 2 cores; resumable)"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "vitrify needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up $(VENV): PyTorch brings its CUDA libraries along, about 5.5 GB on disk and 2 to 5 minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --progress-bar off --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -35,6 +37,9 @@ demo-3d: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not matrix"
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -78,4 +83,4 @@ experiments: $(STAMP)
 	$(BIN)/python experiments/nvs/cost.py
 
 clean:
-	rm -rf $(VENV) build dist demo-output demo-output-3d
+	rm -rf $(VENV) .venv-oldest build dist demo-output demo-output-3d
