@@ -33,10 +33,12 @@ class Tiles(NamedTuple):
 
 def tiles(width: int, columns: int, dtype: torch.dtype) -> Tiles:
     """Return the tiles for a weight (columns, width)."""
+    tf32 = precision(dtype) == "tf32"
     if width % 16 or columns % 16:
-        return Tiles(32, 32, 16, 4)  # rows begin anywhere: each entry has an address of its own, in registers
+        # Rows begin anywhere: each entry has an address of its own, in registers, which so many warps have.
+        return Tiles(32, 32, 16, 4 if tf32 else 2)
     if dtype == torch.float32:
-        return Tiles(64, 64, 32 if precision(dtype) == "tf32" else 16, 4)
+        return Tiles(64, 64, 32 if tf32 else 16, 4)
     if any(0 < size % 128 <= 64 for size in (width, columns)):
         return Tiles(64, 64, 64, 4)  # the last tile of 128 would be half empty; ptxas spills some of 64 x 128
     return Tiles(128, 128, 64, 8)
