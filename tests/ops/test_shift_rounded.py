@@ -14,10 +14,13 @@ from torch._subclasses import FakeTensorMode
 
 from vitrify.errors import InputError, UnsupportedError
 from vitrify.ops import gpu, pack_codes, shift, shift_linear, shift_quantize
-from vitrify.ops.shift import reference
+from vitrify.ops.shift import cpu, reference
 
 ROUNDED = torch.ops.vitrify.shift_linear_rounded
+SUMS = torch.ops.vitrify.shift_integer_sums
 KINDS = ["int8", "float8"]
+# What the graph of a CPU calls after rounding, for codes of 4 bits with a 0.
+OP = {"int8": "shift_integer_sums", "float8": "shift_linear_rounded"}
 kinds = pytest.mark.parametrize("kind", KINDS)
 inductor = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor compiles C++")
 
@@ -100,6 +103,35 @@ def test_opcheck(kind, bits):
         torch.library.opcheck(ROUNDED.default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize(("bits", "variant", "width"), [(3, "ps", 13), (3, "q", 2), (4, "ps", 13)])
+def test_integer_sums_and_their_scales_make_up_the_layer(bits, variant, width):
+    codes, exponent, bias = layer(width, bits=bits, variant=variant)
+    assert cpu.always_integers(bits, variant, width)
+    for shape in ((2, 5, width), (width,), (0, width)):
+        input = tokens(*shape)
+        values, scale = reference.quantize_tokens(input, "int8")
+        sums, unit = SUMS(values, codes, exponent, bits, variant)
+        assert (sums.dtype, sums.shape) == (torch.int32, (*shape[:-1], 7))
+        expected = shift_linear(input, codes, exponent, bias, bits=bits, variant=variant, activations="int8")
+        assert torch.equal(cpu.scaled(sums, unit, scale, bias, torch.float32), expected)
+        unit.zero_()  # as a compiled graph may, that has no further use for it
+        assert SUMS(values, codes, exponent, bits, variant)[1].all()
+        torch.library.opcheck(SUMS.default, (values, codes, exponent, bits, variant))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "variant", "width"), [(4, "q", 24), (6, "ps", 24), (4, "ps", 1)])
+def test_formats_whose_powers_may_lie_further_apart_keep_the_whole_op(bits, variant, width):
+    codes, exponent, bias = layer(width, bits=bits, variant=variant)
+
+    def run(x):
+        return shift_linear(x, codes, exponent, bias, bits=bits, variant=variant, activations="int8")
+
+    out, names = calls(run, tokens(3, width))
+    assert names == ["shift_linear_rounded"]
+    assert torch.equal(out, run(tokens(3, width)))
+
+
 def test_rounded_tokens_have_no_gradient():
     codes, exponent, bias = layer(13)
     values, scale = reference.quantize_tokens(tokens(2, 13), "int8")
@@ -114,10 +146,10 @@ def test_a_graph_without_gradients_rounds_itself(kind, off):
     module, input = Packed(kind, nn.LayerNorm(24)), tokens(3, 5, 24)
     with off():
         out, names = calls(module, input)
-        assert names == ["shift_linear_rounded"]
+        assert names == [OP[kind]]
         assert torch.equal(out, module(input))
     module.requires_grad_(False)
-    assert calls(module, input)[1] == ["shift_linear_rounded"]
+    assert calls(module, input)[1] == [OP[kind]]
     assert calls(module, input.clone().requires_grad_())[1] == ["shift_linear"]
 
 
@@ -150,7 +182,7 @@ def test_autocast_rounds_its_dtype(kind):
     module.float()
     with torch.autocast("cpu", torch.bfloat16):
         out, names = calls(module, input)
-    assert names == ["shift_linear_rounded"]
+    assert names == [OP[kind]]
     assert torch.equal(out, expected)
 
 
@@ -166,7 +198,7 @@ def test_any_strides_and_no_tokens(kind):
         tokens(0, 24),
     ):
         out, names = calls(module, input)
-        assert names == ["shift_linear_rounded"]
+        assert names == [OP[kind]]
         assert torch.equal(out, module(input))
 
 
@@ -228,10 +260,25 @@ def test_a_norm_or_activation_and_the_rounding_are_one_kernel(kind, front):
     module, input = Packed(kind, front, width=768), tokens(2, 197, 768)
     out, (code,) = run_and_get_code(torch.compile(module, fullgraph=True, dynamic=False), input)
     assert torch.equal(out, torch.compile(module.opaque, fullgraph=True, dynamic=False)(input))
-    assert code.count("cpp_pybinding(") == 1
-    (signature,) = (line for line in code.splitlines() if "cpp_pybinding(" in line)
+    assert code.count("cpp_pybinding(") == (2 if kind == "int8" else 1)
+    signature = next(line for line in code.splitlines() if "cpp_pybinding(" in line)
     assert ("int8_t*" if kind == "int8" else "at::Float8_e4m3fn*") in signature
     assert ("layer_norm" if isinstance(front, nn.LayerNorm) else "gelu") in signature
+
+
+@pytest.mark.slow
+@inductor
+@torch.no_grad()
+def test_between_two_integer_products_runs_one_kernel():
+    """Scales, bias, GELU and rounding: floats of the hidden layer are read by nobody else."""
+    module = nn.Sequential(Packed("int8", nn.Identity(), width=96, out=128), Packed("int8", nn.GELU(), width=128))
+    input = tokens(5, 96)
+    out, (code,) = run_and_get_code(torch.compile(module, fullgraph=True, dynamic=False), input)
+    assert torch.equal(out, module(input))
+    first, second, third = (line for line in code.splitlines() if "cpp_pybinding(" in line)
+    assert "gelu" in second
+    assert all(kind in second for kind in ("const int32_t*", "int8_t*"))
+    assert "gelu" not in first + third
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from torch import Tensor
 from vitrify.errors import InputError
 from vitrify.ops import gpu
 from vitrify.ops.autocast import under_autocast
-from vitrify.ops.shift import packing, reference, validation
-from vitrify.ops.shift.registration import shift_linear_op, shift_linear_rounded_op
+from vitrify.ops.shift import cpu, packing, reference, validation
+from vitrify.ops.shift.registration import shift_integer_sums_op, shift_linear_op, shift_linear_rounded_op
 from vitrify.ops.shift.ste import QuantizedTokens, StraightThrough
 from vitrify.ops.tracing import exporting, fx_leaf
 
@@ -121,6 +121,9 @@ def shift_linear(
         return reference.linear(input, codes, exponent, bias, bits, variant, activations)
     if activations != "float" and _rounds_in_the_graph(input, bias, bits, activations):
         values, scale = _rounded_in_the_graph(input, activations)
+        if input.device.type == "cpu" and activations == "int8" and cpu.always_integers(bits, variant, input.shape[-1]):
+            # What scales the sums is fused into whatever follows.
+            return cpu.scaled(*shift_integer_sums_op(values, codes, exponent, bits, variant), scale, bias, input.dtype)
         return shift_linear_rounded_op(values, scale, codes, exponent, bias, bits, variant, input.dtype)
     return shift_linear_op(input, codes, exponent, bias, bits, variant, activations)
 

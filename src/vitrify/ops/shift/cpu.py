@@ -41,12 +41,10 @@ def rounded_linear(
 ) -> Tensor:
     """Return `reference.rounded_linear`, the same way."""
     width = values.shape[-1]
-    if values.dtype == torch.int8 and values.numel() and 1 < width <= WIDEST:
-        integers = cache.recall(
-            codes, exponent, (bits, variant, width), lambda: as_integers(codes, exponent, width, bits, variant)
-        )
+    if values.dtype == torch.int8 and 1 < width <= WIDEST:
+        integers = _integers(codes, exponent, width, bits, variant)
         if integers is not None:
-            return _integer_linear(values, scale, *integers, bias, dtype)
+            return scaled(_sums(values, integers[0]), integers[1], scale, bias, dtype)
     decoded = weight(codes, exponent, width, bits, variant, reference.weight_dtype(values, scale))
     return reference.rounded_linear_by(values, scale, decoded, bias, dtype)
 
@@ -75,9 +73,34 @@ def as_integers(codes: Tensor, exponent: Tensor, width: int, bits: int, variant:
     return integers.to(torch.int8).t(), unit
 
 
-def _integer_linear(
-    values: Tensor, scale: Tensor, integers: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    sums = torch._int_mm(values.reshape(-1, values.shape[-1]), integers).view(*values.shape[:-1], len(unit))
+def always_integers(bits: int, variant: str, width: int) -> bool:
+    """Say whether `integer_sums` takes all codes of a format, whatever powers they use."""
+    return 1 < width <= WIDEST and reference.top_level(bits) - reference.lowest_level(variant) < 7
+
+
+def integer_sums(values: Tensor, codes: Tensor, exponent: Tensor, bits: int, variant: str) -> tuple[Tensor, Tensor]:
+    """Return the sums int32 (..., out) of int8 values (..., in) times integer weights, and their unit float32 (out,).
+
+    For formats with `always_integers`.
+    """
+    integers = _integers(codes, exponent, values.shape[-1], bits, variant)
+    assert integers is not None
+    # A copy: whoever compiles a graph with this in it may write to what it returns.
+    return _sums(values, integers[0]), integers[1].clone()
+
+
+def scaled(sums: Tensor, unit: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the layer's output from `integer_sums` and the tokens' scale (..., 1)."""
     out = sums.to(scale.dtype).mul_(unit).mul_(scale)
     return (out if bias is None else out.add_(bias)).to(dtype)
+
+
+def _integers(codes: Tensor, exponent: Tensor, width: int, bits: int, variant: str) -> tuple[Tensor, Tensor] | None:
+    return cache.recall(
+        codes, exponent, (bits, variant, width), lambda: as_integers(codes, exponent, width, bits, variant)
+    )
+
+
+def _sums(values: Tensor, integers: Tensor) -> Tensor:
+    rows = values.reshape(-1, values.shape[-1])
+    return torch._int_mm(rows, integers).view(*values.shape[:-1], integers.shape[1])

@@ -3,7 +3,8 @@
 `vitrify::shift_linear` is the layer. Its backward, for the input and the bias, is made of plain differentiable calls
 and straight-through: quantised activations get the gradient that the float ones would have had.
 `vitrify::shift_linear_rounded` is what follows the rounding of the tokens, for graphs that hold the rounding as plain
-calls, and has no derivative. `codes` are packed; `bits` and `variant` say how to read them.
+calls; `vitrify::shift_integer_sums`, on a CPU, only the product in it. Neither has a derivative. `codes` are packed;
+`bits` and `variant` say how to read them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vitrify.ops.shift import cpu, reference
 
 NAME = "vitrify::shift_linear"
 ROUNDED = "vitrify::shift_linear_rounded"
+SUMS = "vitrify::shift_integer_sums"
 
 torch.library.define(
     NAME,
@@ -30,6 +32,9 @@ torch.library.define(
     ROUNDED,
     "(Tensor values, Tensor scale, Tensor codes, Tensor exponent, Tensor? bias, int bits, str variant,"
     " ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    SUMS, "(Tensor values, Tensor codes, Tensor exponent, int bits, str variant) -> (Tensor sums, Tensor unit)"
 )
 
 
@@ -118,6 +123,18 @@ def _no_derivative(*_: Any) -> None:
 torch.library.register_autograd(ROUNDED, _no_derivative)
 
 
+@torch.library.impl(SUMS, "cpu")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return cpu.integer_sums(*arguments)
+
+
+@torch.library.register_fake(SUMS)  # type: ignore[untyped-decorator]
+def _(values: Tensor, codes: Tensor, exponent: Tensor, bits: int, variant: str) -> tuple[Tensor, Tensor]:
+    channels = codes.shape[0]
+    sums = values.new_empty(*values.shape[:-1], channels, dtype=torch.int32)
+    return sums, values.new_empty(channels, dtype=torch.float32)
+
+
 def shift_linear_op(
     input: Tensor, codes: Tensor, exponent: Tensor, bias: Tensor | None, bits: int, variant: str, activations: str
 ) -> Tensor:
@@ -130,6 +147,12 @@ def shift_linear_rounded_op(values: Tensor, scale: Tensor, *arguments: Any) -> T
     """Call the registered op."""
     out: Tensor = torch.ops.vitrify.shift_linear_rounded(values, scale, *arguments)
     return out
+
+
+def shift_integer_sums_op(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call the registered op."""
+    result: tuple[Tensor, Tensor] = torch.ops.vitrify.shift_integer_sums(values, *arguments)
+    return result
 
 
 def _kernels(tensor: Tensor) -> ModuleType:
