@@ -21,8 +21,10 @@ REPORT = Path(__file__).parents[1] / "benchmarks" / "compile_report.md"
 HEAD = f"""# What the GPU kernels take
 
 Written by `tools/compile_report.py` (torch {torch.__version__}, Triton {triton.__version__}), from machine code
-(sm_80: A100, sm_90: H100, sm_100: B200). **Compiled, not run.** A cell holds registers per thread x shared memory in KiB, and the opcode that feeds the tensor cores (none: the kernel multiplies no matrices); "spills"
-would name local memory. Launches that differ in nothing the compiler sees are listed once. `tests/ops/test_kernel_budgets.py` asserts the budgets.
+(sm_80: A100, sm_90: H100, sm_100: B200). **Compiled, not run.** A cell holds registers per thread x threads per
+program, shared memory in KiB, and the opcode that feeds the tensor cores (none: the kernel multiplies no matrices);
+"spills" would name local memory. Launches that differ in nothing the compiler sees are listed once.
+`tests/ops/test_kernel_budgets.py` asserts the budgets.
 """
 
 
