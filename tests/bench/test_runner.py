@@ -80,6 +80,12 @@ def test_what_fails_only_when_it_is_timed_is_refused_too_whatever_it_raises(call
     assert rows["right"].timing is not None
 
 
+def test_a_case_in_which_nobody_can_be_timed_ends_no_benchmark(calls, monkeypatch):
+    monkeypatch.setattr(runner, "_check", lambda contender, argument: "no kernel for this")
+    result = bench.run("fake", [{"size": 1}], seconds=0)
+    assert [row.contender for row in result.refusals] == list(calls)
+
+
 def test_contenders_are_compared_with_their_baseline_only(calls):
     rows = {row.contender: row for row in bench.run("fake", [{"size": 1}], seconds=0).rows}
     assert rows["right"].speedup is None

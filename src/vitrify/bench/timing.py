@@ -124,6 +124,8 @@ def single_calls(run: Callable[[Input], object], inputs: Sequence[Input], device
 def take_turns(timers: Mapping[str, Timer], *, seconds: float) -> dict[str, list[float]]:
     """Ask every timer once per round, in an order that rotates; return their milliseconds. See `interleave`."""
     names = list(timers)
+    if not names:
+        return {}
     spent = 0.0
     for name in names:  # warm-up: code pages, thread pools, cuDNN choices, compilation
         timers[name](0)
