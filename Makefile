@@ -59,9 +59,9 @@ bench: $(STAMP)
 	$(BIN)/vitrify bench attention --output benchmarks/results
 	$(BIN)/vitrify bench shift --output benchmarks/results
 	$(BIN)/vitrify bench hamming --output benchmarks/results
-	$(BIN)/vitrify bench mixture --output benchmarks/results
+	$(BIN)/vitrify bench mixture --compile --output benchmarks/results
 	$(BIN)/vitrify bench models --output benchmarks/results
-	$(BIN)/vitrify bench models --models vit_base_patch16_224:224 --recipe examples/shift_int8.yaml --runtimes \
+	$(BIN)/vitrify bench models --models vit_base_patch16_224:224 --recipe examples/shift_int8.yaml --runtimes --compile \
 	  --output benchmarks/results/shift_int8
 	$(BIN)/python benchmarks/tables.py
 
