@@ -67,6 +67,20 @@ def test_one_launch_multiplies_and_shifts_each_in_its_own_format(activations, op
     assert found.stack == found.local == 0
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "rounds"),
+    [("3.6.0", (10, 0), True), ("3.6.0", (9, 0), False), ("3.9.0", (10, 0), False)],
+)
+def test_float32_is_not_decoded_in_registers_where_that_rounds_it_to_tf32(monkeypatch, version, capability, rounds):
+    monkeypatch.setattr(triton.triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = triton._rounds_widened.__wrapped__(torch.device("cuda"))
+    assert found == rounds
+    monkeypatch.setattr(triton, "_rounds_widened", lambda device: found)
+    assert launches(197, 768, 3072, dtype=torch.float32)[-1].keywords["PACKED"] != rounds
+    assert launches(197, 768, 3072, dtype=torch.bfloat16)[-1].keywords["PACKED"]
+
+
 @pytest.mark.parametrize("columns", [64, 768, 3072, 4096])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 197, 577, 1576, 12_608, 50_432, 10**6])
 def test_every_split_fits_the_grid(tokens, columns):

@@ -20,8 +20,10 @@ from vitrify.ops.kernel_cases import PRIMITIVES  # noqa: E402
 REGISTERS = 65_536  # of a processor
 # Instructions that may move spilled registers: a pair of two, of 16-bit heads wider than 64, in the backward pass.
 SPILLS = {("reduce_kernel", 100): 2}
-if triton.__version__.startswith("3.6."):
+TRITON_36 = triton.__version__.startswith("3.6.")
+if TRITON_36:
     SPILLS["reduce_kernel", 80] = 5  # of two registers, of bfloat16 heads 80 wide, in the forward pass
+    SPILLS["decode_kernel", 80] = 2  # of two registers, of 6-bit codes for float16
 CASES = [
     pytest.param(case, arch, id=f"{primitive}: {case.name}, sm_{arch}", marks=[] if case.quick else pytest.mark.matrix)
     for primitive, cases in PRIMITIVES.items()
@@ -46,6 +48,8 @@ def test_budget(case, arch):
         # Sums that programs add in an order of their own would not give the same bits every time.
         assert not {"ATOM", "ATOMG", "RED", "REDG"} & found.instructions.keys(), launch.name
         assert all(size <= limit for size, limit in zip(launch.grid, GRID_LIMIT, strict=False)), launch.grid
+        if TRITON_36 and arch == 100 and launch.name in case.plain and launch.keywords.get("PACKED"):
+            continue  # it rounds float32 to TF32, so mixtures decode in memory there: experts.triton._rounds_widened
         assert bool(found.tensor_core()) == (launch.name not in case.plain), f"{launch.name}: {found.tensor_core()!r}"
 
 

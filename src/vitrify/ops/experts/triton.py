@@ -6,6 +6,7 @@ of processors, so that the same call gives the same bits and a CUDA graph can ho
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,8 @@ def linear(
         padded = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
         values, scale = quantize_tokens(x, kind, padded, LARGEST[activations])
     packed = exponent is not None and tokens <= MOST_TOKENS
+    if kind == torch.float32 and _rounds_widened(x.device):
+        packed = False
     if exponent is not None and not packed:
         shift = decoded(shift, exponent, width, bits, variant, kind, power or 0)
     e4m3 = kind == torch.float8_e4m3fn
@@ -162,6 +165,16 @@ def _rounded_kind(activations: str, bits: int, variant: str, x: Tensor) -> tuple
     if power is None or x.dtype == torch.float32 or (kind == torch.float8_e4m3fn and not has_e4m3(x.device)):
         return torch.bfloat16, None
     return kind, power
+
+
+@functools.cache
+def _rounds_widened(device: torch.device) -> bool:
+    """Say whether float32 made of 16 bits is multiplied in TF32, whatever the precision (triton-lang/triton#10176).
+
+    Triton 3.6 does so from compute capability 10.0 on; 3.9 does not.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version < (3, 9) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def _operand(kind: torch.dtype) -> tl.dtype:
